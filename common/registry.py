@@ -1,0 +1,64 @@
+"""Named choices that a user can add to: families, traces, objectives, rewards, engines."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Callable, Generic, Iterator, TypeVar
+
+from common.errors import UserError
+
+T = TypeVar("T")
+
+
+def did_you_mean(name: str, choices: list[str]) -> str:
+    """` (did you mean X?)` for the closest choice, or nothing."""
+    close = difflib.get_close_matches(str(name), choices, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+class Registry(Generic[T]):
+    """A dict of named entries whose error lists the choices.
+
+    An entry may be registered as the text "package.module:attribute": it is imported when it is first asked for, so that a
+    registry can be read, and a config checked against it, before torch is imported.
+    """
+
+    def __init__(self, kind: str) -> None:
+        self.kind = kind  # what one entry is, for the error: "model family", "reward", ...
+        self._entries: dict[str, T | str] = {}
+
+    def register(self, name: str, entry: T | str | None = None) -> Callable[[T], T] | None:
+        """`register(name, entry)`, or as a decorator `@REGISTRY.register(name)`. A name is taken once."""
+        if entry is None:
+            def decorate(target: T) -> T:
+                self.register(name, target)
+                return target
+
+            return decorate
+        if name in self._entries and self._entries[name] is not entry:
+            raise UserError(f"{self.kind} {name!r} is registered already: choose another name")
+        self._entries[name] = entry
+        return None
+
+    def get(self, name: str, setting: str | None = None) -> T:
+        """The entry called `name`; `setting` is the config key to blame. Raises UserError listing the choices."""
+        if name not in self._entries:
+            where = f"{setting}: " if setting else ""
+            raise UserError(
+                f"{where}unknown {self.kind} {name!r}{did_you_mean(name, self.names())}; choices: {', '.join(self.names())}"
+            )
+        entry = self._entries[name]
+        if isinstance(entry, str):
+            module, _, attribute = entry.partition(":")
+            entry = self._entries[name] = getattr(importlib.import_module(module), attribute)
+        return entry
+
+    def names(self) -> list[str]:
+        return sorted(self._entries)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._entries
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())

@@ -1,0 +1,138 @@
+"""The one decoder: every family is this module with other facts. Engine and trainer run it on the same tensors.
+
+Shapes: N tokens (sequences are packed, there is no batch dimension), D hidden, H query heads, G key/value heads, K head_dim,
+F intermediate, V vocabulary.
+
+The decoder does not know which token sees which: the caller passes `attend(layer, q, k, v)`. The trainer's computes attention
+under a mask (models/attention.py); the engine's first writes k and v to its cache (sample/kv_cache.py).
+"""
+
+from __future__ import annotations
+
+from typing import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.family import DecoderConfig
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""(layer, q [N, H, K], k [N, G, K], v [N, G, K]) -> attention output [N, H, K]; q and k are normed and rotated."""
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, in float32 inside, over the last dimension."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of the rotary angles, each [N, 1, K]; half-split (rotate-half) layout, computed in float32."""
+    inverse = theta ** -(torch.arange(0, head_dim, 2, device=positions.device, dtype=torch.float32) / head_dim)  # [K/2]
+    angles = positions.float()[:, None] * inverse  # [N, K/2]
+    angles = torch.cat([angles, angles], dim=-1)[:, None]  # [N, 1, K]
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary position embedding of x [N, heads, K]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+class Attention(nn.Module):
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.split = [c.num_heads, c.num_kv_heads, c.num_kv_heads]
+        self.head_dim = c.head_dim
+        self.qkv = nn.Linear(c.hidden_size, sum(self.split) * c.head_dim, bias=c.qkv_bias)
+        self.out = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
+        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        return self.out(attend(layer, q, k, v).flatten(1))
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(c.hidden_size, 2 * c.intermediate_size, bias=False)
+        self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * up)
+
+
+class Layer(nn.Module):
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.attention = Attention(c)
+        self.mlp_norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = MLP(c)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), cos, sin, layer, attend)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Head(nn.Module):
+    """The vocabulary projection. A module of its own, so that sharded weights (ZeRO-3) are gathered around every use of them."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(c.vocab_size, c.hidden_size))
+
+    def forward(self, hidden: Tensor, project: Callable[[Tensor, Tensor], object] = F.linear) -> object:
+        """`project(hidden [M, D], weight [V, D])`: plain logits, or the trainer's chunked log-probs (train/logprobs.py)."""
+        return project(hidden, self.weight)
+
+
+class Decoder(nn.Module):
+    """Embedding, layers, final norm, head. `forward` returns final-norm hidden states; `lm_head` turns rows of them into logits."""
+
+    def __init__(self, c: DecoderConfig) -> None:
+        super().__init__()
+        self.config = c
+        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = Head(c)
+        if c.tie_word_embeddings:
+            self.lm_head.weight = self.embed.weight
+        self.gradient_checkpointing = False
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+        """input_ids [N], positions [N] -> hidden states [N, D] after the final norm."""
+        x = self.embed(input_ids)
+        cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
+        for n, layer in enumerate(self.layers):
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, cos, sin, n, attend, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, n, attend)
+        return self.norm(x)
+
+    @property
+    def device(self) -> torch.device:
+        return self.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.norm.weight.dtype

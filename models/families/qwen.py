@@ -1,0 +1,37 @@
+"""Tensor names shared by the families built on Qwen2 and Qwen3 (not a family itself)."""
+
+from __future__ import annotations
+
+from models.family import DecoderConfig, Piece
+
+
+def qwen_pieces(c: DecoderConfig) -> list[Piece]:
+    """Qwen's published names -> rows of the decoder's fused parameters."""
+    query, key_value = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
+    pieces = [Piece("model.embed_tokens.weight", "embed.weight", 0, c.vocab_size)]
+    for n in range(c.num_layers):
+        theirs, ours = f"model.layers.{n}", f"layers.{n}"
+        for suffix in ["weight", "bias"] if c.qkv_bias else ["weight"]:
+            start = 0
+            for name, rows in [("q", query), ("k", key_value), ("v", key_value)]:
+                pieces.append(Piece(f"{theirs}.self_attn.{name}_proj.{suffix}", f"{ours}.attention.qkv.{suffix}", start, rows))
+                start += rows
+        pieces.append(Piece(f"{theirs}.self_attn.o_proj.weight", f"{ours}.attention.out.weight", 0, c.hidden_size))
+        if c.qk_norm:
+            for name in "qk":
+                pieces.append(
+                    Piece(f"{theirs}.self_attn.{name}_norm.weight", f"{ours}.attention.{name}_norm.weight", 0, c.head_dim)
+                )
+        for row, name in enumerate(["gate", "up"]):
+            pieces.append(
+                Piece(
+                    f"{theirs}.mlp.{name}_proj.weight", f"{ours}.mlp.gate_up.weight", row * c.intermediate_size, c.intermediate_size
+                )
+            )
+        pieces.append(Piece(f"{theirs}.mlp.down_proj.weight", f"{ours}.mlp.down.weight", 0, c.hidden_size))
+        pieces.append(Piece(f"{theirs}.input_layernorm.weight", f"{ours}.attention_norm.weight", 0, c.hidden_size))
+        pieces.append(Piece(f"{theirs}.post_attention_layernorm.weight", f"{ours}.mlp_norm.weight", 0, c.hidden_size))
+    pieces.append(Piece("model.norm.weight", "norm.weight", 0, c.hidden_size))
+    if not c.tie_word_embeddings:
+        pieces.append(Piece("lm_head.weight", "lm_head.weight", 0, c.vocab_size))
+    return pieces

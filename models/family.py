@@ -1,0 +1,71 @@
+"""What a family of models is: facts only, no tensor. Nothing here imports torch, so a config can be checked against it.
+
+A new family is one file in models/families that ends in `FAMILIES.register(...)`, or a user's file named in
+`experiment.plugins` that does the same.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Callable, Literal
+
+from common.registry import Registry
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Shape of the one decoder (models/decoder.py)."""
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10_000.0
+    qk_norm: bool = False
+    qkv_bias: bool = False
+    tie_word_embeddings: bool = False
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One published tensor as rows of a (possibly fused) parameter of the decoder."""
+
+    published: str
+    """Name in the checkpoint, e.g. model.layers.3.self_attn.k_proj.weight."""
+    parameter: str
+    """Name in the decoder, e.g. layers.3.attention.qkv.weight."""
+    start: int
+    """First row of the parameter that it fills."""
+    rows: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """Facts about one family of diffusion language models."""
+
+    name: str
+    attention: Literal["block", "full"]
+    """block: block-causal attention with an exact KV cache; full: the whole canvas sees itself."""
+    logit_shift: Literal[0, 1]
+    """Where position i is predicted: at i (0), or at i-1 (1)."""
+    model_types: tuple[str, ...]
+    """Values of `model_type` in config.json that are this family."""
+    decoder_config: Callable[[dict[str, Any]], DecoderConfig]
+    """config.json -> shape. Raises UserError for a feature that the decoder does not have."""
+    pieces: Callable[[DecoderConfig], list[Piece]]
+    """Every tensor of a published checkpoint, and where it lives in the decoder."""
+    mask_token: str
+    """Text of the mask token, where config.json does not name its id."""
+    mask_token_id: int
+    """Its id in the published vocabulary, where neither config.json nor the tokenizer says it."""
+    chat_style: Literal["chatml", "chatml-system", "llama3"]
+    """Fallback prompt format where the tokenizer has no chat template (data/prompts.py)."""
+    config_block_size: Callable[[dict[str, Any]], int | None] = lambda config: config.get("block_size")
+    """The block size that a checkpoint was trained for, where its config.json says so."""
+
+
+FAMILIES: Registry[Family] = Registry("model family (model.model_base)")
