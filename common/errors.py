@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
+import errno
 import functools
+import os
 import sys
+from pathlib import Path
 from typing import Callable, NoReturn
+
+ERROR_FILE = "UNMASK_ERROR_FILE"
+"""Environment variable: where a rank leaves the cause of its end for the launcher, which tells it once (common/launch.py)."""
 
 
 class UserError(ValueError):
     """A mistake that the user can mend: what is wrong, what was got, what to do, in one line."""
 
 
+def leave_cause(cause: str) -> bool:
+    """Leave `cause` for the launcher of this rank; False where no launcher of ours waits for it."""
+    path = os.environ.get(ERROR_FILE)
+    if path is None:
+        return False
+    Path(path).write_text(cause, encoding="utf-8")
+    return True
+
+
 def fail(error: UserError) -> NoReturn:
-    """Print the one line of `error` and leave with exit code 2."""
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    """Print the one line of `error` (a rank: have the launcher print it) and leave with exit code 2."""
+    if not leave_cause(f"error: {error}"):
+        print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
 
+def warn(message: str) -> None:
+    """Print one line that the user should see; the run goes on."""
+    print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a program's `main`: a UserError becomes one line on stderr and exit code 2, never a traceback."""
+    """Decorate a program's `main`: a mistake or a full disk becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
@@ -26,5 +47,17 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             main(*args, **kwargs)
         except UserError as error:
             fail(error)
+        except KeyboardInterrupt:
+            print("interrupted; start the same command again to go on", file=sys.stderr, flush=True)
+            sys.exit(130)
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                where = f" while writing {error.filename}" if error.filename else ""
+                fail(UserError(f"the disk is full{where}: free some space and start again, the run goes on from its last state"))
+            leave_cause(f"{type(error).__name__}: {error}")
+            raise
+        except Exception as error:
+            leave_cause(f"{type(error).__name__}: {error}")
+            raise
 
     return wrapped

@@ -1,0 +1,69 @@
+"""The files of accelerate_configs/, read without importing torch, accelerate or DeepSpeed.
+
+They have the format of `accelerate launch --config_file`, so that one file serves both ways of starting a job: by accelerate's
+launcher, or by `experiment.deepspeed_file` and our own (common/launch.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from common.errors import UserError
+from common.registry import did_you_mean
+
+FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
+ZERO_STAGES = (1, 2, 3)
+
+
+@dataclass(frozen=True)
+class DeepSpeedFile:
+    """What one file asks for. Precision, clipping and accumulation are the config's to say, so they are not read."""
+
+    path: Path
+    num_processes: int | None
+    """Processes over all machines, as `accelerate launch` counts them; None: the file does not say."""
+    num_machines: int
+    zero_stage: int
+    offload_optimizer: str
+    """Where the optimizer states live: none (the GPU), cpu or nvme."""
+    offload_param: str
+    """Where ZeRO-3 keeps the weights: none (the GPU), cpu or nvme."""
+
+
+def deepspeed_file_names() -> list[str]:
+    """What `experiment.deepspeed_file` may be: the DeepSpeed files of accelerate_configs/, without .yaml."""
+    return sorted(path.stem for path in FOLDER.glob("*deepspeed*.yaml"))
+
+
+def read_deepspeed_file(name: str) -> DeepSpeedFile:
+    """The file called `name` in accelerate_configs/ (with or without .yaml), or at the path `name`.
+
+    Raises UserError where it does not exist (listing those that do) or is not an accelerate file with a ZeRO stage of 1 to 3.
+    """
+    import yaml
+
+    candidates = [FOLDER / f"{name}.yaml", FOLDER / name, Path(name)]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        names = deepspeed_file_names()
+        raise UserError(
+            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/{did_you_mean(name, names)}; there are: {', '.join(names)}"
+        )
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"experiment.deepspeed_file: {path} is not YAML: {' '.join(str(error).split())}") from error
+    settings = content.get("deepspeed_config") if isinstance(content, dict) else None
+    if not isinstance(settings, dict) or settings.get("zero_stage") not in ZERO_STAGES:
+        raise UserError(
+            f"experiment.deepspeed_file: {path} has no deepspeed_config with zero_stage 1, 2 or 3; see accelerate_configs/ for examples"
+        )
+    return DeepSpeedFile(
+        path=path,
+        num_processes=content.get("num_processes"),
+        num_machines=int(content.get("num_machines") or 1),
+        zero_stage=settings["zero_stage"],
+        offload_optimizer=settings.get("offload_optimizer_device") or "none",
+        offload_param=settings.get("offload_param_device") or "none",
+    )

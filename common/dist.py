@@ -1,0 +1,306 @@
+"""The processes of a job: what accelerate and DeepSpeed are asked for, and one way to take an optimizer step under all of them.
+
+    for index, micro_batch in enumerate(micro_batches):      # as many on every rank; a rank without data passes a loss of 0 * ...
+        with accumulate(accelerator, model, index, len(micro_batches)):
+            backward(accelerator, model, loss_sum(model(micro_batch)) / global_number)
+    norm = optimizer_step(accelerator, model, optimizer, max_grad_norm)
+
+Between the last backward and the step the gradient is the *sum* over micro-batches and ranks of the gradients of the losses that
+were passed in, in one process, under DDP and under ZeRO-1, 2 and 3 alike. Two habits of the libraries stand in the way:
+
+- DDP and DeepSpeed average over ranks: `backward` multiplies the loss by their number.
+- Through `accelerator.backward`, accelerate (>= 1.8) steps a DeepSpeed optimizer inside every backward outside
+  `accelerator.accumulate`, whose number of micro-batches is fixed, and DeepSpeed divides the loss by its own
+  gradient_accumulation_steps. So that stays 1, and here the engine is told which backward is the last and asked for the step.
+
+A scheduler is not prepared: torch's own, on the optimizer before `prepare`, sets the learning rate under every mode, and
+accelerate's wrapper would advance it once per process.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import datetime
+import logging
+import os
+import time
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Iterator, TypeVar
+
+import torch
+import torch.distributed
+from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
+from accelerate.utils import DeepSpeedPlugin, DistributedType
+
+from common.deepspeed_files import read_deepspeed_file
+from common.errors import UserError
+from common.launch import free_port
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+T = TypeVar("T")
+
+COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
+"""A rank that has finished its rollouts waits for the one with the longest answers. A dead rank is the launcher's matter."""
+
+
+# ---------------------------------------------------------------------------------------------------------------- set-up
+
+
+def weights_dtype(config: Config) -> torch.dtype:
+    """The precision of the weights, in trainer and engine alike: `model.dtype`, which `training.mixed_precision` decides if auto."""
+    name = config.model.dtype
+    if name == "auto":
+        name = "bfloat16" if config.training.mixed_precision == "bf16" else "float32"
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
+
+
+def make_accelerator(config: Config) -> Accelerator:
+    """The accelerator of this process: plain, DDP, or DeepSpeed ZeRO-1/2/3; CPU (gloo) or GPU (nccl); launched or alone.
+
+    DeepSpeed is used where `accelerate launch` was told so (its file wins) or `experiment.deepspeed_file` names a file. Nothing is
+    ever autocast: the model runs in the precision of its weights, as it does while sampling. DeepSpeed keeps float32 master copies
+    of bfloat16 weights itself; elsewhere the optimizer must (train/optim.py).
+
+    To be prepared with it: one model whose forward does all that is computed with the weights, the head's chunks too (under ZeRO-3
+    they are whole only while their module runs), and its optimizer.
+    """
+    plugin = _deepspeed_plugin(config)
+    on_cpu = not torch.cuda.is_available() or _asked_for_cpu()
+    if plugin is not None:
+        _prepare_environment_for_deepspeed(on_cpu)
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    # Naming a backend where there is no process group makes accelerate ask for the group's size.
+    backend = None if "LOCAL_RANK" not in os.environ else "gloo" if on_cpu else "nccl"
+    accelerator = Accelerator(
+        mixed_precision="bf16" if plugin is not None and weights_dtype(config) == torch.bfloat16 else "no",
+        # DeepSpeed with cpu=True silently becomes DDP; without the backend it takes itself for a single process.
+        cpu=on_cpu and plugin is None,
+        deepspeed_plugin=plugin,
+        kwargs_handlers=[
+            InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
+            # The buffers (rotary frequencies) are alike everywhere; gradients as views of the buckets save a copy of them.
+            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+        ],
+    )
+    assert accelerator.num_processes == expected, f"{accelerator.num_processes} processes joined, {expected} were launched"
+    assert (accelerator.distributed_type == DistributedType.DEEPSPEED) == (plugin is not None)
+    atexit.register(_leave_process_group)
+    return accelerator
+
+
+def _leave_process_group() -> None:
+    """A gloo rank that just exits is, every other time, aborted by its own threads: exit code 134 after a good run."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _asked_for_cpu() -> bool:
+    return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
+
+
+def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
+    clipping = config.training.max_grad_norm or 0.0
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        # The stage and the offloading come from the environment of `accelerate launch`.
+        plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=clipping, zero3_save_16bit_model=True)
+    elif config.experiment.deepspeed_file is not None:
+        file = read_deepspeed_file(config.experiment.deepspeed_file)
+        plugin = DeepSpeedPlugin(
+            zero_stage=file.zero_stage,
+            offload_optimizer_device=file.offload_optimizer,
+            offload_param_device=file.offload_param,
+            gradient_accumulation_steps=1,
+            gradient_clipping=clipping,
+            zero3_init_flag=False,
+            zero3_save_16bit_model=True,  # `accelerator.get_state_dict` needs it under ZeRO-3
+        )
+    else:
+        return None
+    plugin.deepspeed_config.update(
+        gradient_accumulation_steps=1,
+        gradient_clipping=clipping,
+        train_micro_batch_size_per_gpu=1,  # accelerate wants a number where it prepares no DataLoader; nothing depends on it
+        zero_force_ds_cpu_optimizer=False,  # with offloading: torch's optimizer instead of one that is compiled at first use
+        data_types={"grad_accum_dtype": "fp32"},  # else many micro-batches add up in bfloat16
+    )
+    return plugin
+
+
+def _prepare_environment_for_deepspeed(on_cpu: bool) -> None:
+    if on_cpu:
+        if torch.cuda.is_available():
+            raise UserError("ACCELERATE_USE_CPU is set, but DeepSpeed takes the GPU it finds: set CUDA_VISIBLE_DEVICES= instead")
+        os.environ.pop("ACCELERATE_USE_CPU", None)
+        import deepspeed.ops
+
+        # Shared-memory collectives, an operator that takes a minute to compile. Must be known before the process group starts.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    if "RANK" not in os.environ:  # alone, without a launcher: a process group of one
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
+        os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+
+
+# ---------------------------------------------------------------------------------------------------- one optimizer step
+
+
+def uses_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+@contextmanager
+def accumulate(accelerator: Accelerator, model: torch.nn.Module, index: int, count: int) -> Iterator[None]:
+    """Around forward and backward of micro-batch `index` (from 0) of the `count` of one optimizer step.
+
+    `count` may change from step to step but is the same on every rank: ranks meet in the last backward (ZeRO-2, 3: in each).
+    """
+    assert 0 <= index < count, f"micro-batch {index} of {count}"
+    last = index == count - 1
+    accelerator.gradient_state._set_sync_gradients(last)  # what a prepared plain optimizer asks before it steps
+    if uses_deepspeed(accelerator):
+        model.set_gradient_accumulation_boundary(last)
+        yield
+    else:
+        with contextlib.nullcontext() if last else accelerator.no_sync(model):
+            yield
+
+
+def backward(accelerator: Accelerator, model: torch.nn.Module, loss: torch.Tensor) -> None:
+    """Add the gradient of `loss` (a scalar, this rank's part of the sum over the optimizer step) to that of the step."""
+    loss = loss * accelerator.num_processes  # the average over ranks becomes a sum
+    if uses_deepspeed(accelerator):
+        model.backward(loss)
+    else:
+        accelerator.backward(loss)
+
+
+def full_gradients(accelerator: Accelerator, model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor | None]]:
+    """(name in the bare model, whole gradient), between the last backward and the step; all ranks together.
+
+    One parameter at a time is gathered under ZeRO: use it up before asking for the next. None: no gradient reached it.
+    """
+    bare = accelerator.unwrap_model(model)
+    for name, parameter in bare.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if uses_deepspeed(accelerator):
+            from deepspeed.utils import safe_get_full_grad
+
+            yield name, safe_get_full_grad(parameter)
+        else:
+            yield name, parameter.grad
+
+
+def optimizer_step(
+    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, max_grad_norm: float | None, index: int = 0, count: int = 1
+) -> float | None:
+    """Clip, step, and forget the gradients; returns the norm of the whole summed gradient before clipping.
+
+    Called once, after the last backward, or after each with its `index` and `count`: then the others return None and do nothing.
+    `max_grad_norm` None or 0: no clipping. Under DeepSpeed it must be `training.max_grad_norm`, which its engine was built with.
+    """
+    if index < count - 1:
+        return None
+    if uses_deepspeed(accelerator):
+        assert model.gradient_clipping() == (max_grad_norm or 0.0), "DeepSpeed's engine was built with another max_grad_norm"
+        assert model.is_gradient_accumulation_boundary(), "the last backward of the step was not run inside accumulate"
+        model.step()
+        norm = model.get_global_grad_norm()
+    else:
+        assert accelerator.sync_gradients, "the last backward of the step was not run inside accumulate"
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return float(norm)
+
+
+# ------------------------------------------------------------------------------------------------------ between the ranks
+
+
+def barrier(accelerator: Accelerator) -> None:
+    """Go on when every rank has come here."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(group=_host_group())
+
+
+def gather_objects(accelerator: Accelerator, item: T) -> list[T]:
+    """Every rank's `item`, in rank order, on every rank. They are pickled and travel through host memory."""
+    items: list[T] = [item] * accelerator.num_processes
+    if accelerator.num_processes > 1:
+        torch.distributed.all_gather_object(items, item, group=_host_group())
+    return items
+
+
+def broadcast_object(accelerator: Accelerator, item: T | None = None) -> T:
+    """Rank 0's `item`, on every rank."""
+    items = [item]
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(items, src=0, group=_host_group())
+    return items[0]
+
+
+def any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    """Whether `flag` is set on any rank; the same answer on all."""
+    return any(gather_objects(accelerator, flag))
+
+
+@contextmanager
+def main_first(accelerator: Accelerator) -> Iterator[None]:
+    """Rank 0 runs the body first (it downloads, generates, caches), the others once it is through, also if it failed."""
+    if not accelerator.is_main_process:
+        barrier(accelerator)
+    try:
+        yield
+    finally:
+        if accelerator.is_main_process:
+            barrier(accelerator)
+
+
+class Stopwatch:
+    """Seconds spent per phase, of the device too: a GPU's queue is waited for at both ends.
+
+    >>> watch = Stopwatch(accelerator)
+    >>> with watch("rollout"): ...
+    >>> watch.seconds["rollout"]
+    """
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        self.accelerator = accelerator
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+
+    def slowest(self) -> dict[str, float]:
+        """Of every phase the most that any rank took, on every rank; all ranks together."""
+        slowest: dict[str, float] = {}
+        for seconds in gather_objects(self.accelerator, self.seconds):
+            for phase, value in seconds.items():
+                slowest[phase] = max(value, slowest.get(phase, 0.0))
+        return slowest
+
+    def _now(self) -> float:
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.synchronize(self.accelerator.device)
+        return time.perf_counter()
+
+
+_host_groups: dict[Any, Any] = {}  # default group -> the gloo group beside it
+
+
+def _host_group() -> Any:
+    """Ranks talk to each other through host memory: over nccl, gathering pickled rollouts would take gigabytes of the GPU's."""
+    default = torch.distributed.group.WORLD
+    if torch.distributed.get_backend() == "gloo":
+        return default
+    if default not in _host_groups:
+        _host_groups[default] = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT)
+    return _host_groups[default]

@@ -1,0 +1,253 @@
+"""One process per device: count the devices, start the processes, and end them together.
+
+The parent neither imports torch nor does any work of its own, so a job starts as fast as its ranks do. It speaks the same
+environment variables as torch's and accelerate's launchers (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...): a job that those
+have started finds itself launched already. What is ours is how it ends: the first rank that fails ends the others and is named
+with its cause; a user's mistake is one line and exit code 2, however many ranks made it; Ctrl-C is passed on once and waited
+for; and no rank outlives the parent, not even one that was killed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib.metadata
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn, Sequence
+
+from common.deepspeed_files import read_deepspeed_file
+from common.errors import ERROR_FILE, UserError
+
+if TYPE_CHECKING:
+    from configs.schema import Config
+
+GRACE_SECONDS = 10.0
+"""From the end of the first rank that failed to SIGKILL for those that have not ended."""
+INTERRUPT_GRACE_SECONDS = 60.0
+"""After Ctrl-C, from the end of the first rank to SIGTERM for the others (they may be writing a checkpoint)."""
+POLL_SECONDS = 0.05
+_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def already_launched() -> bool:
+    """Whether this process is one that a launcher (ours, torchrun, accelerate launch) has started."""
+    return any(name in os.environ for name in _LAUNCHERS_VARIABLES)
+
+
+def visible_gpus() -> int:
+    """NVIDIA GPUs that this process may use, counted without importing torch; 0 with a CPU build of torch."""
+    try:
+        if importlib.metadata.version("torch").endswith("+cpu"):
+            return 0
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    allowed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if allowed is not None and allowed.split(",")[0].strip() in ("", "-1"):
+        return 0
+    try:
+        listing = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True).stdout
+        present = sum(line.startswith("GPU ") for line in listing.splitlines())
+    except (OSError, subprocess.SubprocessError):
+        present = len(list(Path("/dev").glob("nvidia[0-9]*")))
+    if allowed is None:
+        return present
+    # CUDA reads the list up to the first id that is not one.
+    return min(present, allowed.split(",").index("-1") if "-1" in allowed.split(",") else len(allowed.split(",")))
+
+
+def processes_on_this_machine(config: Config) -> int:
+    """`experiment.num_processes`, or all visible GPUs (no more than the DeepSpeed file names), or 1 where there are none."""
+    visible, asked = visible_gpus(), config.experiment.num_processes
+    if asked is not None:
+        if asked < 1:
+            raise UserError(f"experiment.num_processes: got {asked}, must be at least 1 (or null: one per GPU)")
+        if 0 < visible < asked:
+            raise UserError(f"experiment.num_processes: {asked} processes asked for, but {visible} GPUs are visible; set it to {visible} or less")
+        return asked
+    if config.experiment.deepspeed_file is None:
+        return max(1, visible)
+    file = read_deepspeed_file(config.experiment.deepspeed_file)
+    named = file.num_processes // file.num_machines if file.num_processes else visible
+    return max(1, min(named, visible))
+
+
+def needs_launch(config: Config) -> int | None:
+    """How many processes this job still has to be started as; None: it runs here, in this process."""
+    if already_launched():
+        return None
+    number = processes_on_this_machine(config)
+    return number if number > 1 else None
+
+
+def launch(config: Config, script: str, argv: Sequence[str]) -> NoReturn:
+    """Run `python script *argv` in as many processes as `needs_launch` says, and leave with their exit code."""
+    number = needs_launch(config)
+    assert number is not None, "asked to launch a job that runs in this process"
+    sys.exit(run_ranks([sys.executable, script, *argv], number))
+
+
+def run_ranks(command: Sequence[str], num_processes: int) -> int:
+    """Run `command` as `num_processes` ranks, each with the same arguments, until all have ended or one has failed.
+
+    Returns the exit code: that of the rank that failed first (128 + signal where it was killed), or 0. Must be called from the
+    main thread, before any other is started.
+    """
+    with tempfile.TemporaryDirectory(prefix="unmask-launch-") as folder:
+        return _Ranks(list(command), num_processes, Path(folder)).run()
+
+
+def die_with_parent(parent: int) -> None:
+    """Called in a child, given its parent's id: be killed when the parent ends, however it ends (Linux; elsewhere nothing)."""
+    if sys.platform != "linux":
+        return
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it ended before the call above
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class _Ranks:
+    """The processes of one machine, from their start to the end of the last."""
+
+    def __init__(self, command: list[str], num_processes: int, folder: Path) -> None:
+        self.command, self.num_processes, self.folder = command, num_processes, folder
+        self.processes: list[subprocess.Popen] = []
+        self.signals: list[int] = []  # received and not yet acted on
+        self.interrupted = False
+        self.failed: int | None = None  # the rank that ended the job
+        self.next_blow: float | None = None  # when those that still run are to be ended, and ...
+        self.blow = signal.SIGTERM  # ... how
+
+    def run(self) -> int:
+        handlers = {number: signal.signal(number, self._note) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+        try:
+            self._start()
+            while self._running():
+                time.sleep(POLL_SECONDS)
+                for _ in range(len(self.signals)):
+                    self._pass_on(self.signals.pop(0))
+                self._watch()
+        finally:
+            for rank in range(len(self.processes)):
+                self._kill(rank, signal.SIGKILL)  # its whole group: what it has started itself goes as well
+            for process in self.processes:
+                process.wait()
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        return self._report()
+
+    def _note(self, number: int, frame: object) -> None:
+        self.signals.append(number)
+
+    def _start(self) -> None:
+        common = {
+            "WORLD_SIZE": str(self.num_processes),
+            "LOCAL_WORLD_SIZE": str(self.num_processes),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(free_port()),
+            # Left alone, every rank starts as many threads as there are cores, and they get in each other's way.
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+        }
+        parent = os.getpid()
+        for rank in range(self.num_processes):
+            own = {"RANK": str(rank), "LOCAL_RANK": str(rank), ERROR_FILE: str(self._cause_file(rank))}
+            process = subprocess.Popen(
+                self.command,
+                env={**os.environ, **common, **own},
+                stdin=subprocess.DEVNULL,
+                start_new_session=True,  # the terminal's Ctrl-C comes to us alone; a rank and its children are one group
+                preexec_fn=lambda: die_with_parent(parent),
+            )
+            self.processes.append(process)
+
+    def _running(self) -> list[int]:
+        return [rank for rank, process in enumerate(self.processes) if process.poll() is None]
+
+    def _pass_on(self, number: int) -> None:
+        """Ctrl-C goes to every rank once, and we wait for them; a second one kills. SIGTERM and SIGHUP end the job."""
+        again, self.interrupted = self.interrupted, True
+        if number == signal.SIGINT and not again:
+            print("Ctrl-C: waiting for the processes to end; press it again to kill them", file=sys.stderr, flush=True)
+            for rank in self._running():
+                with contextlib.suppress(ProcessLookupError):
+                    self.processes[rank].send_signal(signal.SIGINT)  # the rank alone: it looks after its own children
+        elif number == signal.SIGINT:
+            self._strike(signal.SIGKILL)
+        else:
+            self._strike(signal.SIGTERM)
+
+    def _watch(self) -> None:
+        """Once a rank has ended as it should not, end the others: they would wait for it in a collective for hours.
+
+        A rank that has left its cause but does not end (a thread, a collective holds it) is given the same grace as they are.
+        """
+        running = self._running()
+        ended = [rank for rank in range(self.num_processes) if rank not in running]
+        crashed = [rank for rank in ended if self.processes[rank].returncode != 0]
+        failing = [rank for rank in running if self._cause_file(rank).exists()]
+        if self.failed is None and not self.interrupted and (crashed or failing):
+            self.failed = self._culprit(crashed + failing)
+        if crashed and not self.interrupted and self.blow == signal.SIGTERM:
+            self._strike(signal.SIGTERM)
+        elif self.next_blow is not None and time.monotonic() > self.next_blow:
+            self._strike(self.blow)
+        elif self.next_blow is None and self.interrupted and ended:
+            self.next_blow = time.monotonic() + INTERRUPT_GRACE_SECONDS
+        elif self.next_blow is None and failing:
+            self.next_blow = time.monotonic() + GRACE_SECONDS
+
+    def _strike(self, number: int) -> None:
+        for rank in self._running():
+            self._kill(rank, number)
+        self.blow, self.next_blow = signal.SIGKILL, time.monotonic() + GRACE_SECONDS
+
+    def _kill(self, rank: int, number: int) -> None:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.processes[rank].pid, number)
+
+    def _cause_file(self, rank: int) -> Path:
+        return self.folder / f"rank_{rank}"
+
+    def _culprit(self, failed: list[int]) -> int:
+        """Of ranks that failed within one poll, the one that began: killed from outside, else the first to leave its cause.
+
+        The others fail because of it ("connection closed by peer").
+        """
+
+        def when(rank: int) -> tuple[float, int]:
+            file = self._cause_file(rank)
+            left = file.stat().st_mtime if file.exists() else float("inf")
+            return (-1.0 if (self.processes[rank].returncode or 0) < 0 else left), rank
+
+        return min(failed, key=when)
+
+    def _report(self) -> int:
+        codes = [process.returncode for process in self.processes]
+        if self.failed is None and any(codes):
+            self.failed = self._culprit([rank for rank, code in enumerate(codes) if code != 0])
+        if self.failed is None:
+            return 0
+        code, file = codes[self.failed], self._cause_file(self.failed)
+        cause = file.read_text(encoding="utf-8") if file.exists() else None
+        if code == 2 and cause is not None:
+            print(cause, file=sys.stderr, flush=True)
+        elif not self.interrupted:
+            how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+            hint = " (out of memory? see dmesg)" if code == -signal.SIGKILL else ""
+            why = f": {cause}" if cause is not None else hint
+            print(f"error: process {self.failed} of {len(codes)} {how}{why}", file=sys.stderr, flush=True)
+        return 128 - code if code < 0 else code

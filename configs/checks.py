@@ -1,0 +1,227 @@
+"""Values that a type cannot check: ranges, names in registries, files, and settings that contradict one another.
+
+Every message says the setting, what was got and what is meant. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import typing
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+from common.deepspeed_files import read_deepspeed_file
+from common.errors import UserError, warn
+from common.registry import Registry, did_you_mean
+from configs.schema import Config, Strategy
+
+STRATEGIES = list(typing.get_args(Strategy))
+
+
+def _of_decoding(names: str) -> str:
+    return " ".join(f"{section}.{name}" for section in ["rollout", "evaluation"] for name in names.split())
+
+
+RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "above 0",
+        lambda x: x > 0,
+        "experiment.total_step experiment.save_every experiment.eval_every experiment.save_state_every experiment.train_value_every "
+        "experiment.current_epoch experiment.num_node experiment.num_processes model.image_resolution rollout.num_task_per_step "
+        "rollout.num_response_per_task rollout.resample_max_rounds evaluation.num_response_per_task execute.num_chunk "
+        "rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len "
+        "rollout.reward_model.max_generation_token reward.num_workers reward.timeout_seconds training.shrink training.block_size "
+        "training.mask_times_per_sample training.max_gen_length training.max_prompt_len training.eps training.eps_high "
+        "training.importance_cap training.num_updates_per_step training.num_train_epochs training.batch_size_lm "
+        "training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk training.max_grad_norm "
+        "training.max_steps training.batch_size training.eval_every optimizer.params.epsilon "
+        + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active further_horizon"),
+    ),
+    (
+        "0 or more",
+        lambda x: x >= 0,
+        "experiment.node_index rollout.reward_model.temperature reward.overlong_margin training.post_num training.beta training.seed "
+        "optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate "
+        "optimizer.params.weight_decay lr_scheduler.params.warmup_steps "
+        + _of_decoding("temperature top_k entropy_bound alg_temp pad_target_penalty"),
+    ),
+    ("above 0 and at most 1", lambda x: 0 < x <= 1, "training.stop_at_solve_rate " + _of_decoding("top_p")),
+    (
+        "from 0 to 1",
+        lambda x: 0 <= x <= 1,
+        "training.lower_p training.upper_p training.gam training.lam lr_scheduler.params.min_lr_scale "
+        + _of_decoding("dynamic_threshold"),
+    ),
+    ("from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.params.beta1 optimizer.params.beta2"),
+]
+"""(what is meant, the test, the settings). Nulls pass; of a list every item is tested."""
+
+
+def warn_once(message: str) -> None:
+    """Warn once per run: the processes that this one starts find the message in their environment."""
+    told = os.environ.get("UNMASK_TOLD", "").splitlines()
+    if os.environ.get("RANK", "0") == "0" and message not in told:
+        os.environ["UNMASK_TOLD"] = "\n".join([*told, message])
+        warn(message)
+
+
+def check(config: Config, job: str) -> None:
+    """Raises UserError for the first setting whose value cannot be meant. Call after plugins are loaded: registries count."""
+    for meaning, test, keys in RANGES:
+        for key in keys.split():
+            value = functools.reduce(getattr, key.split("."), config)
+            for one in value if isinstance(value, list) else [value]:
+                if one is not None and not test(one):
+                    raise UserError(f"{key}: got {one!r}, must be {meaning}")
+    _check_experiment(config)
+    _check_registries(config, job)
+    _check_evaluation(config)
+    _check_decoding(config)
+    _check_training(config)
+    if job == "rl":
+        _check_rl(config)
+    if job == "sft":
+        _check_sft(config)
+
+
+def _check_experiment(config: Config) -> None:
+    e = config.experiment
+    if e.node_index >= e.num_node:
+        raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
+    if e.deepspeed_file is not None:
+        read_deepspeed_file(e.deepspeed_file)
+
+
+def _check_registries(config: Config, job: str) -> None:
+    """Registries are imported here: the schema must be readable without the rooms."""
+    from models.registry import FAMILIES
+    from reward.registry import REWARD_FUNCTIONS, REWARDS
+    from train.methods import METHODS
+
+    _registered(FAMILIES, config.model.model_base, "model.model_base")
+    _registered(REWARDS, config.dataset.data_type, "dataset.data_type")
+    function = config.reward.function
+    if function is not None and ".py" in function:
+        path, _, name = function.rpartition(":")
+        if not path.endswith(".py") or not name:
+            raise UserError(f"reward.function: got {function!r}, meant is path/to/file.py:name, or a registered name")
+        if not Path(path).is_file():
+            raise UserError(f"reward.function: got {function!r}, but there is no file {path}")
+    elif function is not None and function not in REWARD_FUNCTIONS:
+        _registered(REWARDS, function, "reward.function")
+    if job != "eval":
+        _registered(METHODS, config.training.method, "training.method")
+        stage = METHODS.get(config.training.method).stage
+        if stage != job:
+            fitting = [name for name in METHODS if METHODS.get(name).stage == job]
+            raise UserError(
+                f"training.method: got {config.training.method!r}, which is a method of {stage}, must be one of {', '.join(fitting)}"
+            )
+
+
+def _registered(registry: Registry, name: str, key: str) -> None:
+    if name not in registry:  # `get` alone would import the entry, and torch with it
+        registry.get(name, key)
+
+
+def _check_evaluation(config: Config) -> None:
+    """The lists run one evaluation each: their lengths are equal, or 1."""
+    lists = {name: getattr(config.evaluation, name) for name in ["remasking_strategy", "top_k", "block_size"]}
+    for strategy in config.evaluation.remasking_strategy:
+        if strategy not in STRATEGIES:
+            hint = did_you_mean(strategy, STRATEGIES)
+            raise UserError(f"evaluation.remasking_strategy: got {strategy!r}, must be one of {', '.join(STRATEGIES)}{hint}")
+    for name, values in lists.items():
+        if not values:
+            raise UserError(f"evaluation.{name}: got an empty list, must hold at least one")
+    longest = max(lists, key=lambda name: len(lists[name]))
+    for name, values in lists.items():
+        if len(values) not in (1, len(lists[longest])):
+            raise UserError(
+                f"evaluation.{name}: got {len(values)} values beside {len(lists[longest])} of evaluation.{longest}: "
+                "each place runs one evaluation, so give as many, or one for all"
+            )
+
+
+def _decodings(config: Config) -> Iterator[tuple[str, Any]]:
+    yield "rollout", config.rollout
+    for variant in config.evaluation.variants():
+        yield "evaluation", variant
+
+
+def _check_decoding(config: Config) -> None:
+    from models.registry import FAMILIES
+
+    block_model = FAMILIES.get(config.model.model_base).attention == "block"
+    for section, d in _decodings(config):
+        if block_model and d.denoising_steps_per_block > d.block_size:
+            raise UserError(
+                f"{section}.denoising_steps_per_block: got {d.denoising_steps_per_block}, must be at most {section}.block_size, "
+                f"which is {d.block_size}: every forward reveals at least one token"
+            )
+        if not block_model and d.max_token % d.block_size:
+            raise UserError(
+                f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
+            )
+        if not block_model and d.steps > d.max_token:
+            raise UserError(
+                f"{section}.steps: got {d.steps}, must be at most {section}.max_gen_length, which is {d.max_token}: "
+                "every forward reveals at least one token"
+            )
+    if not block_model and config.training.old_logprobs == "engine" and config.rollout.use_cache:
+        raise UserError(
+            "training.old_logprobs: got 'engine' with rollout.use_cache=true, but the cache of full-attention models is "
+            "approximate, so its log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
+        )
+
+
+def _check_training(config: Config) -> None:
+    t, bounds = config.training, config.reward.keep_solve_rate
+    if t.lower_p > t.upper_p:
+        raise UserError(f"training.lower_p: got {t.lower_p}, must be at most training.upper_p, which is {t.upper_p}")
+    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
+        raise UserError(f"reward.keep_solve_rate: got {bounds}, must be two shares from 0 to 1, the lower one first")
+    peak, again = config.optimizer.params.policy_learning_rate, config.lr_scheduler.params.learning_rate
+    if again not in (peak, config.optimizer.params.learning_rate):
+        raise UserError(
+            f"lr_scheduler.params.learning_rate: got {again}, but optimizer.params says {peak}: they are one setting, set the latter"
+        )
+    if config.model.value_base_model is None and config.optimizer.params.learning_rate != peak:
+        raise UserError(
+            f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
+            "without model.value_base_model they are one setting, give only one of them"
+        )
+
+
+def _check_rl(config: Config) -> None:
+    r, t, m = config.rollout, config.training, config.model
+    if config.evaluation.if_eval and config.dataset.eval_dataset is None:
+        raise UserError("dataset.eval_dataset: is missing: name the tasks to evaluate on, or set evaluation.if_eval=false")
+    if config.reward.overlong_margin >= r.max_token:
+        raise UserError(
+            f"reward.overlong_margin: got {config.reward.overlong_margin}, must be below rollout.max_token, which is {r.max_token}: "
+            "every response would count as over-long"
+        )
+    if r.num_response_per_task == 1 and m.value_base_model is None:
+        raise UserError(
+            "rollout.num_response_per_task: got 1, must be at least 2 without a value model: advantages compare the responses of a task"
+        )
+    if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and m.value_base_model is None:
+        greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"
+        raise UserError(f"{greedy}: all responses of a task would be the same, and nothing be learnt: RL needs sampling")
+    if m.value_base_model is not None and m.optimized_name == m.optimized_value_name:
+        raise UserError(
+            f"model.optimized_value_name: got {m.optimized_value_name!r}, which is model.optimized_name too: "
+            "the value model would overwrite the policy"
+        )
+    if t.max_gen_length < r.max_token:
+        warn_once(
+            f"training.max_gen_length ({t.max_gen_length}) is below rollout.max_token ({r.max_token}): "
+            "longer responses are cut before they are trained on"
+        )
+
+
+def _check_sft(config: Config) -> None:
+    if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
+        raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")

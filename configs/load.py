@@ -1,0 +1,335 @@
+"""From the command line and a YAML file to a checked `Config`, without torch.
+
+    config = load_config("rl", sys.argv[1:])      # config=configs/rl_trado.yaml training.eps=0.3
+
+A mistake raises UserError with one line: the setting, what was got, what is meant.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import math
+import os
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal, NoReturn, Sequence
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from common.errors import UserError
+from common.plugins import load_plugins
+from common.registry import did_you_mean
+from configs.checks import check, warn_once
+from configs.help import help_text
+from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation
+from configs.schema import Config
+
+Job = Literal["rl", "eval", "sft"]
+ROOT = Path(__file__).resolve().parents[1]
+
+REQUIRED: dict[str, dict[str, str]] = {
+    job: {
+        "experiment.project": "the run directory",
+        "model.pretrained_model": "the path or hub name of the model",
+        "model.model_base": "the model's family",
+        **special,
+    }
+    for job, special in {
+        "rl": {"dataset.train_dataset": "the tasks to learn from"},
+        "eval": {"dataset.eval_dataset": "the tasks to evaluate on"},
+        "sft": {"dataset.optimization_data": "the data to finetune on"},
+    }.items()
+}
+"""What a job cannot do without, and what it is."""
+
+
+def load_config(job: Job, argv: Sequence[str] | None = None) -> Config:
+    """The checked config of a job, all defaults resolved, plugins imported.
+
+    `argv` (default: the command line) holds `config=FILE.yaml`, `section.key=value` overrides, `--print-config`, `--help`;
+    the two options print and leave with exit code 0. Raises UserError.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if "--help" in arguments or "-h" in arguments:
+        _print_and_leave(help_text(job))
+    path, overrides, print_config = _parse_arguments(job, arguments)
+    layers = [(_read_yaml(path), f"in {path}"), (overrides, "on the command line")]
+    config = merge(job, layers)
+    load_plugins(config)
+    check(config, job)
+    if print_config:
+        _print_and_leave(to_yaml(config).rstrip())
+    return config
+
+
+def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
+    """Layers of raw settings (a nested or flat dict, and where it is from), later ones over earlier ones -> a resolved Config.
+
+    Types, names and required settings are checked; values are not (configs/checks.py).
+    """
+    settings: dict[str, Any] = {}
+    source: dict[str, str] = {}
+    for tree, where in layers:
+        named, unused = canonical(flatten(tree), job)
+        if unused:
+            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({UNUSED[key]})" for key in unused))
+        for key, value in named.items():
+            if key in _sections() and value is None:
+                continue  # a section with nothing in it
+            _check_name(key, value, where)
+            settings[key], source[key] = value, where
+    if job == "sft" and "training.block_size" in settings and "rollout.block_size" not in settings:
+        settings["rollout.block_size"], source["rollout.block_size"] = (
+            settings["training.block_size"],
+            source["training.block_size"],
+        )
+    for key, of in inherit_evaluation(settings).items():
+        source[key] = source[of]
+    tree = OmegaConf.structured(Config)
+    for key, value in settings.items():
+        _assign(tree, key, value, source[key])
+    for key in settings:
+        _resolve_interpolation(tree, key, source[key])
+    config: Config = OmegaConf.to_object(tree)
+    for key, meaning in REQUIRED[job].items():
+        if get(config, key) is None:
+            raise UserError(f"{key}: is missing, it is {meaning}: set it in {layers[0][1].removeprefix('in ')} or as {key}=...")
+    resolve_defaults(config, job)
+    return config
+
+
+def resolve_defaults(config: Config, job: Job) -> None:
+    """Fill in, in place, the null defaults that follow another setting."""
+    training, params = config.training, config.optimizer.params
+    for decoding in [config.rollout, config.evaluation]:
+        if decoding.steps is None:
+            decoding.steps = decoding.max_token
+    if config.rollout.denoising_steps_per_block is None:
+        config.rollout.denoising_steps_per_block = config.rollout.block_size
+    if config.model.dtype == "auto":
+        config.model.dtype = "bfloat16" if training.mixed_precision == "bf16" else "float32"
+    if training.method is None:
+        training.method = "semi-ar" if job == "sft" else "TraceRL"
+    if training.block_size is None:
+        training.block_size = config.rollout.block_size
+    if training.max_gen_length is None:
+        training.max_gen_length = config.rollout.max_token
+    if training.eps_high is None:
+        training.eps_high = training.eps
+    if params.learning_rate is None:
+        params.learning_rate = 1e-6 if params.policy_learning_rate is None else params.policy_learning_rate
+    if params.policy_learning_rate is None:
+        params.policy_learning_rate = params.learning_rate
+    if params.value_learning_rate is None:
+        params.value_learning_rate = params.learning_rate
+    if config.lr_scheduler.params.learning_rate is None:
+        config.lr_scheduler.params.learning_rate = params.policy_learning_rate
+
+
+def _print_and_leave(text: str) -> NoReturn:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:  # | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    raise SystemExit(0)
+
+
+# What is read ---------------------------------------------------------------------------------------------------------
+
+
+def _parse_arguments(job: Job, arguments: list[str]) -> tuple[Path, dict[str, Any], bool]:
+    path, overrides, print_config = None, {}, False
+    for argument in arguments:
+        key, equals, text = argument.partition("=")
+        if argument == "--print-config":
+            print_config = True
+        elif argument.startswith("-"):
+            raise UserError(f"{argument}: unknown option{did_you_mean(argument, ['--print-config', '--help'])}")
+        elif not equals or not key:
+            raise UserError(f"{argument}: got no value: settings are given as section.key=value, the file as config=FILE.yaml")
+        elif key == "config":
+            path = text
+        else:
+            overrides[key] = _parse_value(key, text)
+    if path is None:
+        raise UserError(f"config=FILE.yaml is missing: choose one of {_shipped(job)}, or --help")
+    for candidate in [Path(path), ROOT / path]:
+        if candidate.is_file():
+            return candidate if candidate == Path(path) else Path(os.path.relpath(candidate)), flatten(overrides), print_config
+    raise UserError(f"config={path}: no such file; there are {_shipped(job)}")
+
+
+def _shipped(job: Job) -> str:
+    pattern = {"rl": "*rl_*.yaml", "eval": "*eval.yaml", "sft": "*sft_*.yaml"}[job]
+    return ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob(pattern))) or "none for this job"
+
+
+def _parse_value(key: str, text: str) -> Any:
+    """The text behind `key=` read as YAML: 1e-6 is a number, [a, b] a list, null nothing."""
+    try:
+        return OmegaConf.to_container(OmegaConf.from_dotlist([f"value={text}"]))["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"{key}: cannot read {text!r}: {_first_line(error)}") from None
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"config={path}: cannot be read: {_first_line(error)}") from None
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f", line {mark.line + 1}" if mark else ""
+        raise UserError(f"{path}{where}: not valid YAML: {getattr(error, 'problem', None) or _first_line(error)}") from None
+    except OSError:  # OmegaConf's error for a file that holds a single value
+        raise UserError(f"{path}: not a config: expected sections with settings, got {_first_line(text)!r}") from None
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {_first_line(error)}") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a config: expected sections with settings, got a {type(tree).__name__}")
+    return tree
+
+
+def _first_line(error: object) -> str:
+    return (str(error).strip().splitlines() or [""])[0]
+
+
+# Names and types ------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def setting_types() -> dict[str, Any]:
+    """{"training.eps": float, ...} for every setting of the schema."""
+    return {key: hint for key, hint in _walk(Config, "") if not dataclasses.is_dataclass(hint)}
+
+
+@functools.cache
+def _sections() -> set[str]:
+    return {key for key, hint in _walk(Config, "") if dataclasses.is_dataclass(hint)}
+
+
+def _walk(section: type, prefix: str) -> list[tuple[str, Any]]:
+    found = []
+    for name, hint in typing.get_type_hints(section).items():
+        found.append((prefix + name, hint))
+        if dataclasses.is_dataclass(hint):
+            found += _walk(hint, f"{prefix}{name}.")
+    return found
+
+
+def _check_name(key: str, value: Any, where: str) -> None:
+    if key in _sections():
+        raise UserError(f"{key}: got {value!r} {where}, expected a section with settings")
+    if key not in setting_types():
+        raise UserError(f"{key}: unknown setting {where}{suggest(key)}")
+
+
+def suggest(key: str) -> str:
+    """` (did you mean training.eps?)`: the same name in another section, else a similar name in this one, else anywhere."""
+    known = [*setting_types(), *(alias for alias in ALIASES if "." in alias)]
+    section, _, name = key.rpartition(".")
+    same_name = [other for other in known if other.rpartition(".")[2] == name]
+    if same_name:
+        return did_you_mean(key, same_name) or f" (did you mean {same_name[0]}?)"
+    similar = did_you_mean(name, [other.rpartition(".")[2] for other in known if other.startswith(f"{section}.")])
+    if similar and section:
+        return similar.replace("did you mean ", f"did you mean {section}.")
+    return did_you_mean(key, known)
+
+
+def _assign(tree: Any, key: str, value: Any, where: str) -> None:
+    """Set one setting, converted to its type; UserError where it does not fit."""
+    hint = setting_types()[key]
+    got = f"{key}: got {'null' if value is None else repr(value)} {where}, expected {describe(hint)}"
+    if value == "???":
+        raise UserError(f"{key}: is still ??? {where}: it has to be given, {describe(hint)}")
+    base = _without_null(hint)
+    if base is int and isinstance(value, float) and math.isfinite(value) and value == int(value):
+        value = int(value)  # 1e4
+    if base is bool and isinstance(value, (int, float)) and value not in (0, 1):
+        raise UserError(got)
+    if base is float and value is not None and isinstance(value, (int, float)) and not math.isfinite(value):
+        raise UserError(f"{got} that is finite")
+    try:
+        OmegaConf.update(tree, key, value)
+    except OmegaConfBaseException:
+        alternatives = [str(choice) for choice in typing.get_args(base)] if typing.get_origin(base) is Literal else []
+        raise UserError(got + did_you_mean(str(value), alternatives)) from None
+
+
+def _resolve_interpolation(tree: Any, key: str, where: str) -> None:
+    """UserError where a `${...}` leads nowhere, or to a value of another type."""
+    try:
+        node = OmegaConf.select(tree, key)
+        if OmegaConf.is_config(node):
+            OmegaConf.to_container(node, resolve=True)
+    except (OmegaConfBaseException, RecursionError) as error:
+        reason = "it refers to itself" if isinstance(error, RecursionError) else _first_line(error)
+        raise UserError(f"{key}: {reason} ({where}; expected {describe(setting_types()[key])})") from None
+
+
+def _without_null(hint: Any) -> Any:
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        return next(one for one in typing.get_args(hint) if one is not type(None))
+    return hint
+
+
+def describe(hint: Any) -> str:
+    """What a type means, in words."""
+    base = _without_null(hint)
+    if typing.get_origin(base) is Literal:
+        words = "one of " + ", ".join(str(choice) for choice in typing.get_args(base))
+    elif typing.get_origin(base) is list:
+        items = {str: "texts", int: "whole numbers", float: "numbers"}
+        words = f"a list of {items[typing.get_args(base)[0]]}"
+    else:
+        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}[base]
+    return words if base is hint else f"{words}, or null"
+
+
+# What is written ------------------------------------------------------------------------------------------------------
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of "section.key"."""
+    return functools.reduce(getattr, key.split("."), config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved config as YAML; loads again to an equal Config."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
+MAY_CHANGE = (
+    "experiment.start_from_scratch",
+    "experiment.current_epoch",
+    "experiment.num_node",
+    "experiment.node_index",
+    "experiment.num_processes",
+    "wandb.",
+    "logging.",
+)
+
+
+def config_difference(saved: str, config: Config) -> list[str]:
+    """Settings in which a run directory's config.yaml (its text) and `config` differ: "training.eps: 0.2 there, 0.3 here".
+
+    Ignored, because a run may go on with others: experiment.{start_from_scratch, current_epoch, num_node, node_index,
+    num_processes}, wandb.*, logging.*. A setting that the file does not have counts as its default.
+    """
+    there = flatten(OmegaConf.to_container(OmegaConf.load(io.StringIO(saved))))
+    here = flatten(dataclasses.asdict(config))
+    defaults = flatten(dataclasses.asdict(Config()))
+    return [
+        f"{key}: {there.get(key, defaults.get(key))!r} there, {here.get(key, 'unknown')!r} here"
+        for key in sorted(here.keys() | there.keys())
+        if not key.startswith(MAY_CHANGE) and there.get(key, defaults.get(key)) != here.get(key, "unknown")
+    ]

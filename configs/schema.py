@@ -1,0 +1,418 @@
+"""Every setting of every job: type, default and meaning. One dataclass per section, `Config` is the whole.
+
+Names are those of the reference implementation, so that its YAML files load. The text under a field is its documentation:
+`--help` prints it (configs/help.py). Cross-field checks are in configs/checks.py, null defaults that follow another setting
+are filled in by configs/load.py. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Literal
+
+Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
+
+
+@dataclass
+class Experiment:
+    """The run as a whole."""
+
+    project: str | None = None
+    """The run directory (required): config.yaml, metrics.jsonl, rollouts/, ckpt/, state/ and results/ are written there."""
+    start_from_scratch: bool = True
+    """True: an unfinished run of the same settings goes on, any other existing run directory is refused. False: always goes on."""
+    total_step: int = 100
+    """RL steps of the run."""
+    save_every: int = 20
+    """Keep a named checkpoint (ckpt/step-N) every so many steps."""
+    eval_every: int = 10
+    """Evaluate every so many RL steps."""
+    save_state_every: int = 1
+    """Write what resuming needs every so many steps."""
+    train_value_every: int = 1
+    """Update the value model every so many RL steps."""
+    current_epoch: int = 1
+    """Step to start from when going on. The run's own state knows it, so a value above 1 is only compared with the state."""
+    deepspeed_file: str | None = None
+    """File in accelerate_configs/ without .yaml; null: no DeepSpeed (one process, or DDP)."""
+    num_node: int = 1
+    """Machines."""
+    node_index: int = 0
+    """Which machine this is, from 0; the launcher sets it."""
+    num_processes: int | None = None
+    """Processes per machine; null: one per GPU, or one without GPUs."""
+    plugins: list[str] = field(default_factory=list)
+    """Paths of .py files that every process imports at its start: they register families, methods, rewards, objectives."""
+
+
+@dataclass
+class Model:
+    """The models of the run."""
+
+    pretrained_model: str | None = None
+    """Directory in Hugging Face format or hub name (required). Evaluation files may call it `model`."""
+    model_base: str | None = None
+    """The family, a name in models/registry.py: sdar, trado, ... (required). Evaluation files may have it at the top level."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of weights and activations. auto: bfloat16 where training.mixed_precision is bf16, else float32."""
+    optimized_name: str = "optimized"
+    """Name under ckpt/ of the newest weights."""
+    optimized_value_name: str = "optimized_value"
+    """Name under ckpt/ of the newest value model."""
+    value_base_model: str | None = None
+    """Given: use a value model, initialised from this checkpoint with a zero head."""
+    process_reward_model: str | None = None
+    """Given: a language model that grades solutions chunk by chunk."""
+    vq_model_path: str | None = None
+    """MMaDA: the image tokenizer."""
+    image_resolution: int = 512
+    """MMaDA: side of an image, pixels."""
+
+
+@dataclass
+class Dataset:
+    """What is read. A name is data/NAME.json; a path to json, jsonl or parquet works too."""
+
+    train_dataset: str | None = None
+    """Tasks of RL (required there)."""
+    eval_dataset: str | None = None
+    """Tasks of evaluation (required by eval.py)."""
+    optimization_data: str | None = None
+    """Data of supervised finetuning (required there)."""
+    data_type: str = "math"
+    """How answers are scored, a name in reward/registry.py: math, exact, ..."""
+    image_root: str | None = None
+    """Folder that image paths start from."""
+    add_think_prompt: bool = False
+    """Multimodal: the prompt asks for thinking first."""
+
+
+@dataclass
+class System:
+    """Environment variables of the processes on other machines."""
+
+    HTTP_PROXY: str | None = None
+    """Proxy for downloads."""
+    HF_HOME: str | None = None
+    """Cache of the Hugging Face libraries."""
+
+
+@dataclass
+class Decoding:
+    """How responses are decoded: shared by `rollout` and `evaluation`."""
+
+    temperature: float = 1.0
+    """Sampling temperature; 0: greedy."""
+    top_p: float = 1.0
+    """Keep the most probable tokens that hold this share of the probability."""
+    top_k: int = 0
+    """Keep the k most probable tokens; 0: all."""
+    remasking_strategy: Strategy = "low_confidence_static"
+    """Static: a fixed number per forward. Dynamic: all above dynamic_threshold, at least the fixed number (full attention: at
+    least one). Sequential: from left to right. Entropy_bounded: the most certain ones, within entropy_bound."""
+    dynamic_threshold: float = 0.9
+    """Confidence above which low_confidence_dynamic reveals a token."""
+    entropy_bound: float = 0.1
+    """Nats: entropy_bounded reveals the largest set with sum of entropies - the largest of them <= this, at least one."""
+    target: Literal["confidence", "margin_confidence", "neg_entropy", "random"] = "confidence"
+    """What ranks the masked positions."""
+    confidence: Literal["raw", "filtered"] = "raw"
+    """Probabilities before top-k and top-p, or after them (as the reference does)."""
+    block_size: int = 4
+    """Tokens of a block; a block model was trained for one."""
+    denoising_steps_per_block: int | None = None
+    """Block models, static: forwards per block; null: block_size, so one token per forward."""
+    max_token: int = 2000
+    """Longest response, tokens. Files for full-attention models call it max_gen_length: both names mean this."""
+    steps: int | None = None
+    """Full attention, static: forwards of the whole response; null: max_token."""
+    use_cache: bool = True
+    """Full attention: keep keys and values of what is outside the current block (approximate)."""
+    further_horizon: int | None = None
+    """Full attention: tokens behind the current block that each forward also computes; null: to the end."""
+    stop_early: bool = False
+    """Full attention: skip whole blocks behind the first stop token."""
+    batch_size: int | None = None
+    """Full attention: canvases in flight per process, a hint; null: chosen from free memory."""
+    max_active: int = 256
+    """Block models: sequences in flight per process, at most (fewer where the memory is short)."""
+    alg_temp: float = 0.0
+    """Dream: temperature of the choice of positions."""
+    pad_target_penalty: float = 1.0
+    """Dream: factor on the confidence of pad tokens."""
+    start_with_think: bool = False
+    """Begin the answer with a think tag."""
+    stop_token_list: list[str] = field(default_factory=list)
+    """Tokens that end a response, besides the family's own."""
+    output_unmasking_history: bool = True
+    """Evaluation: keep step maps for the trace viewer."""
+    deterministic: bool = False
+    """Assign prompts to ranks by index instead of by the shared queue."""
+
+    @property
+    def max_response_length(self) -> int:
+        """Tokens, before rounding up to the end of a block."""
+        return self.max_token
+
+
+@dataclass
+class RewardModel:
+    """The language model that grades chunks of a solution (model.process_reward_model)."""
+
+    reward_chunk_length: int = 200
+    """Tokens of a graded chunk."""
+    k_sample: int = 3
+    """Judgements per chunk."""
+    max_model_len: int = 15000
+    """The judge's longest input and output, tokens."""
+    max_generation_token: int = 10000
+    """The judge's longest output, tokens."""
+    temperature: float = 0.6
+    """The judge's sampling temperature."""
+
+
+@dataclass
+class Rollout(Decoding):
+    """Sampling of the responses that RL learns from."""
+
+    num_task_per_step: int = 128
+    """Tasks per RL step."""
+    num_response_per_task: int = 16
+    """Responses per task: the group within which advantages are taken."""
+    resample: bool = False
+    """Replace dropped groups by further tasks until num_task_per_step are kept."""
+    resample_max_rounds: int = 8
+    """Give up replacing after so many further rounds of sampling."""
+    reward_model: RewardModel = field(default_factory=RewardModel)
+
+
+@dataclass
+class Execute:
+    """Running of generated programs."""
+
+    num_chunk: int = 128
+    """Programs tested at a time."""
+
+
+@dataclass
+class Reward:
+    """From responses to rewards."""
+
+    function: str | None = None
+    """A reward of your own, path/to/file.py:name or a registered name; null: the one of dataset.data_type."""
+    overlong_margin: int = 5
+    """Responses of max_token minus this or more count as wrong."""
+    num_workers: int = 2
+    """Processes that check answers."""
+    timeout_seconds: float = 5.0
+    """Time limit for one answer; beyond it, it is wrong."""
+    keep_solve_rate: list[float] = field(default_factory=lambda: [0.2, 0.8])
+    """Groups whose share of right responses is outside these bounds (inclusive) are dropped, also those of equal rewards."""
+    answer_must_in_box: bool = False
+    """Multimodal: only a boxed answer counts."""
+    strict_len_check: bool = False
+    """Multimodal: over-long answers score 0."""
+
+
+@dataclass
+class Training:
+    """The update."""
+
+    method: str | None = None
+    """What is masked and predicted, a name in train/methods.py; null: TraceRL for RL, semi-ar for SFT."""
+    objective: str | None = None
+    """What is minimised; null: the method's own objective."""
+    loss_weighting: Literal["reference", "step", "response", "token", "constant"] = "reference"
+    """Weights of the trained tokens. reference: as the reference's rows amount to; step: 1/(tokens of the denoising step), per
+    response; response: mean over responses of the mean over tokens; token: mean over tokens; constant: 1/(responses * max_gen_length)."""
+    shrink: int = 1
+    """Denoising steps that are joined to one."""
+    block_size: int | None = None
+    """Tokens of a training block; null: rollout.block_size."""
+    post_num: int | None = None
+    """Padded data: pad tokens of a row that are trained; null: all."""
+    lower_p: float = 0.1
+    """Random masks: smallest ratio of masked tokens."""
+    upper_p: float = 0.9
+    """Random masks: largest ratio of masked tokens."""
+    mask_times_per_sample: int = 1
+    """Random masks per response."""
+    max_gen_length: int | None = None
+    """Responses are cut behind so many tokens; null: rollout.max_token."""
+    max_prompt_len: int = 784
+    """Longer prompts are dropped, and counted in the log; tokens."""
+    eps: float = 0.2
+    """Ratios of probabilities are clipped to 1 - eps .. 1 + eps."""
+    eps_high: float | None = None
+    """Upper clip 1 + eps_high; null: eps."""
+    beta: float = 0.0
+    """Weight of the KL term."""
+    kl_to: Literal["old", "reference"] = "old"
+    """KL to the policy that sampled, or to the frozen start."""
+    use_kl_estimator_k3: bool = True
+    """KL as exp(d) - d - 1 (k3); False: as the difference of log-probabilities (k1)."""
+    advantage: Literal["zscore", "mean_only", "rloo"] = "zscore"
+    """Reward against its group: (r - mean)/std, r - mean, or r - mean of the others. A value model takes its place."""
+    gam: float = 1.0
+    """Value model: discount per denoising step."""
+    lam: float = 1.0
+    """Value model: lambda of generalised advantage estimation."""
+    old_logprobs: Literal["auto", "trainer", "engine"] = "auto"
+    """Log-probabilities before the update. auto: the trainer's, by a forward only where several updates use one batch."""
+    importance_cap: float | None = None
+    """Truncated importance weights min(p_trainer/p_engine, cap); null: none."""
+    num_updates_per_step: int | None = None
+    """Optimizer steps per RL step; null: by num_train_epochs, batch_size_lm, gradient_accumulation_steps, as the reference."""
+    num_train_epochs: int = 1
+    """Passes over the rollouts of an RL step; SFT: over the data."""
+    batch_size_lm: int = 1
+    """Rows per micro-batch and process, as the reference counts them: used for num_updates_per_step only."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step, as the reference counts them: used for num_updates_per_step only."""
+    max_tokens_per_microbatch: int = 16384
+    """Packed tokens of one forward: what decides memory. Never changes the result."""
+    head_chunk: int = 2048
+    """Rows of logits computed at a time."""
+    attention_backend: Literal["auto", "dense", "flex"] = "auto"
+    """auto: FlexAttention on a GPU, dense on CPU."""
+    mixed_precision: Literal["no", "bf16"] = "bf16"
+    """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
+    enable_tf32: bool = True
+    """TF32 products for float32 on NVIDIA GPUs."""
+    gradient_checkpointing_enable: bool = True
+    """Recompute activations layer by layer in the backward."""
+    seed: int = 10086
+    """Of everything random."""
+    max_grad_norm: float | None = 1.0
+    """Gradients are scaled down to this norm; null: not."""
+    max_steps: int | None = None
+    """SFT: optimizer steps; null: num_train_epochs over the data."""
+    batch_size: int = 64
+    """SFT: documents per optimizer step."""
+    eval_every: int = 100
+    """SFT: look at the held-out solve rate every so many optimizer steps, where there is dataset.eval_dataset."""
+    stop_at_solve_rate: float | None = None
+    """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
+    loss_weight_by_ratio: bool = False
+    """SFT: weight the loss of a masked block by 1/(its ratio of masked tokens)."""
+
+
+@dataclass
+class OptimizerParams:
+    """Settings of the optimizer."""
+
+    learning_rate: float | None = None
+    """Peak learning rate; null: policy_learning_rate, or 1e-6 without it."""
+    policy_learning_rate: float | None = None
+    """Of the policy, where there is a value model too; null: learning_rate. This is the one that the loop reads."""
+    value_learning_rate: float | None = None
+    """Of the value model; null: learning_rate."""
+    beta1: float = 0.9
+    """AdamW: decay of the mean of gradients."""
+    beta2: float = 0.999
+    """AdamW: decay of the mean of squares."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    epsilon: float = 1e-8
+    """AdamW: added to the root of the mean of squares."""
+
+
+@dataclass
+class Optimizer:
+    """The optimizer of policy and value model."""
+
+    name: Literal["adamw", "sgd"] = "adamw"
+    """sgd is plain: no momentum."""
+    params: OptimizerParams = field(default_factory=OptimizerParams)
+
+
+@dataclass
+class SchedulerParams:
+    """Settings of the schedule."""
+
+    learning_rate: float | None = None
+    """As in optimizer.params: may be given again, not differently; null: that one."""
+    warmup_steps: int = 0
+    """Optimizer steps of linear warm-up."""
+    min_lr_scale: float = 1.0
+    """Last learning rate as a share of the peak (1: constant behind the warm-up)."""
+
+
+@dataclass
+class LrScheduler:
+    """The learning rate over the whole run."""
+
+    scheduler: Literal["cosine", "linear", "constant"] = "cosine"
+    """Shape of the decay from 1 to min_lr_scale."""
+    params: SchedulerParams = field(default_factory=SchedulerParams)
+
+
+@dataclass
+class Evaluation(Decoding):
+    """Decoding of evaluations. A setting that is not given is as in `rollout`. In files for eval.py the two sections are one.
+
+    The lists run one evaluation each, first with first and so on; a single value goes with all."""
+
+    if_eval: bool = True
+    """False: RL does not evaluate."""
+    num_response_per_task: int = 1
+    """Responses per task: accuracy is their mean, pass@k is over them."""
+    remasking_strategy: list[str] = field(default_factory=lambda: ["low_confidence_static"])
+    """One or several; see rollout.remasking_strategy."""
+    top_k: list[int] = field(default_factory=lambda: [0])
+    """One or several; see rollout.top_k."""
+    block_size: list[int] = field(default_factory=lambda: [4])
+    """One or several; see rollout.block_size."""
+
+    def variants(self) -> list[Decoding]:
+        """The evaluations to run: plain `Decoding`s with every list and null resolved."""
+        number = max(len(self.remasking_strategy), len(self.top_k), len(self.block_size))
+        shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(Decoding)}
+        variants = []
+        for n in range(number):
+            one = {name: shared[name][n if len(shared[name]) > 1 else 0] for name in ["remasking_strategy", "top_k", "block_size"]}
+            steps = shared["denoising_steps_per_block"] or one["block_size"]
+            variants.append(Decoding(**{**shared, **one, "denoising_steps_per_block": steps}))
+        return variants
+
+
+@dataclass
+class Wandb:
+    """Logging to Weights & Biases."""
+
+    enabled: bool = False
+    """Log there too (wandb has to be installed)."""
+    entity: str | None = None
+    """The team's or user's name."""
+    run_id: str | None = None
+    """Of the run to go on with; null: found in the run's state, or a new one."""
+    resume: str | None = "auto"
+    """As wandb.init takes it: auto, allow, must, never."""
+
+
+@dataclass
+class Logging:
+    """Other places to log to; metrics.jsonl is always written."""
+
+    tensorboard: bool = False
+    """Write event files to the run directory too."""
+
+
+@dataclass
+class Config:
+    """All settings of a job, resolved."""
+
+    experiment: Experiment = field(default_factory=Experiment)
+    model: Model = field(default_factory=Model)
+    dataset: Dataset = field(default_factory=Dataset)
+    system: System = field(default_factory=System)
+    rollout: Rollout = field(default_factory=Rollout)
+    execute: Execute = field(default_factory=Execute)
+    reward: Reward = field(default_factory=Reward)
+    training: Training = field(default_factory=Training)
+    optimizer: Optimizer = field(default_factory=Optimizer)
+    lr_scheduler: LrScheduler = field(default_factory=LrScheduler)
+    evaluation: Evaluation = field(default_factory=Evaluation)
+    wandb: Wandb = field(default_factory=Wandb)
+    logging: Logging = field(default_factory=Logging)

@@ -1,0 +1,215 @@
+"""Evaluation: sample answers to a task set with every decoding of the config, score them, print and keep a table.
+
+    python eval.py config=configs/trado_eval.yaml [section.key=value ...] [--print-config] [--help]
+
+Results go to results/ of the run directory: a JSON file with the numbers and the settings that produced them, the table as text,
+and every response.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from common.errors import entry_point
+from common.launch import launch_if_needed
+from common.records import ScoredRollout, write_jsonl
+
+
+@entry_point
+def main(argv: list[str] | None = None) -> None:
+    from configs.load import load_config
+
+    config = load_config("eval", sys.argv[1:] if argv is None else argv)
+    launch_if_needed(config)
+    run(config)
+
+
+def run(config: Any) -> None:
+    """The whole job, in every process. Torch is imported from here on."""
+    from common import dist
+    from common.run_dir import RunDir, write_text
+    from configs.load import to_yaml
+    from models.checkpoint import load_pretrained
+    from sample.engine import build_engine
+
+    accelerator = dist.make_accelerator(config)
+    model = load_pretrained(
+        config.model.pretrained_model, config.model.model_base, dist.weights_dtype(config), accelerator.device, config.training.seed
+    )
+    engine = build_engine(model.decoder, model.family, max_active=config.rollout.max_active)
+    evaluator = Evaluator(config, model, engine, accelerator)
+    try:
+        results = evaluator(weights_version=0)
+    finally:
+        evaluator.close()
+    if accelerator.is_main_process:
+        directory = RunDir(config.experiment.project)
+        write_text(directory.config, to_yaml(config))
+        file = evaluator.save(results, directory.results, Path(config.dataset.eval_dataset).stem)
+        print(table(results))
+        print(f"kept in {file}, responses beside it")
+
+
+@dataclass
+class EvalResult:
+    """One decoding of one task set."""
+
+    name: str
+    """strategy, with top_k and block size where the config lists several."""
+    settings: dict[str, Any]
+    num_tasks: int
+    num_responses: int
+    num_prompts_too_long: int
+    accuracy: float
+    """Mean over responses."""
+    standard_error: float
+    """Of the accuracy, over tasks."""
+    pass_at_k: float
+    """Share of tasks that one of the k responses solves."""
+    k: int
+    mean_length: float
+    cut_off_share: float
+    tokens_per_forward: float
+    seconds: float
+    tokens_per_second: float
+    rollouts: list[ScoredRollout] = dataclasses.field(repr=False, default_factory=list)
+
+    def metrics(self) -> dict[str, float]:
+        """For metrics.jsonl."""
+        keys = ["accuracy", "standard_error", "pass_at_k", "mean_length", "cut_off_share", "tokens_per_forward"]
+        numbers = {f"eval/{self.name}/{key}": float(getattr(self, key)) for key in keys}
+        return {**numbers, f"rate/eval_{self.name}_tokens_per_second": self.tokens_per_second}
+
+    def record(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rollouts"}
+
+
+def prompt_builder(config: Any, decoding: Any, model: Any) -> Any:
+    """Tasks -> requests under the model's chat format, prompts longer than `training.max_prompt_len` dropped and counted."""
+    from data.prompts import PromptRenderer
+    from sample.rollout import PromptBuilder
+
+    renderer = PromptRenderer(model.tokenizer, model.family.chat_style, config.dataset.data_type, decoding.start_with_think)
+    return PromptBuilder(renderer, config.training.max_prompt_len, decoding.block_size)
+
+
+class Evaluator:
+    """Evaluates the weights that its engine holds, as often as it is called."""
+
+    def __init__(self, config: Any, model: Any, engine: Any, accelerator: Any) -> None:
+        from data.tasks import load_tasks
+        from reward.scoring import Scorer
+
+        self.config, self.model, self.engine, self.accelerator = config, model, engine, accelerator
+        self.tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+        self.scorer = Scorer(config, self.tasks, model.tokenizer)
+        self.variants = named_variants(config.evaluation)
+
+    def __call__(self, weights_version: int) -> list[EvalResult]:
+        """One result per decoding, the same on every rank."""
+        return [self.evaluate(name, decoding, weights_version) for name, decoding in self.variants.items()]
+
+    def evaluate(self, name: str, decoding: Any, weights_version: int) -> EvalResult:
+        from common import dist
+        from common.metrics import tokens_per_forward
+        from sample.rollout import check_block_size, sample_on_all_ranks, sampling_settings
+
+        check_block_size(self.model, decoding.block_size, "evaluation.block_size")
+        builder = prompt_builder(self.config, decoding, self.model)
+        k = self.config.evaluation.num_response_per_task
+        requests = builder(self.tasks, k)
+        settings = sampling_settings(decoding, self.model, self.config.training.seed)
+        start = time.perf_counter()
+        rollouts = sample_on_all_ranks(self.engine, requests, settings, self.accelerator, weights_version, f"evaluation: {name}")
+        seconds = time.perf_counter() - start
+        own = {request.task_id for request in requests[dist.rank() :: dist.world_size()]}
+        scored = dist.gather_objects(self.scorer.score([r for r in rollouts if r.task_id in own]))
+        order = {request.task_id: index for index, request in enumerate(requests)}
+        scored.sort(key=lambda r: (order[r.task_id], r.sample))
+        # A prompt that was too long is a task that was not solved.
+        right = {task.id: [] for task in self.tasks}
+        for r in scored:
+            right[r.task_id].append(float(bool(r.correct)))
+        rates = [sum(own) / k for own in right.values()]
+        accuracy = sum(rates) / len(rates)
+        spread = sum((rate - accuracy) ** 2 for rate in rates) / max(1, len(rates) - 1)
+        num_tokens = sum(r.num_response for r in scored)
+        return EvalResult(
+            name=name,
+            settings={"pretrained_model": self.config.model.pretrained_model, "seed": self.config.training.seed, **vars(decoding)},
+            num_tasks=len(self.tasks),
+            num_responses=len(scored),
+            num_prompts_too_long=len(builder.take_dropped()),
+            accuracy=accuracy,
+            standard_error=math.sqrt(spread / len(rates)),
+            pass_at_k=sum(any(own) for own in right.values()) / len(right),
+            k=k,
+            mean_length=num_tokens / max(1, len(scored)),
+            cut_off_share=sum(r.finish == "length" for r in scored) / max(1, len(scored)),
+            tokens_per_forward=tokens_per_forward(scored),
+            seconds=seconds,
+            tokens_per_second=num_tokens / seconds,
+            rollouts=scored,
+        )
+
+    def save(self, results: list[EvalResult], folder: Path, name: str) -> Path:
+        """FOLDER/NAME.json, NAME.txt and a file of responses per decoding. Returns the JSON file."""
+        from common.run_dir import write_text
+
+        file = folder / f"{name}.json"
+        for result in results:
+            write_jsonl(folder / f"{name}.{result.name}.jsonl", result.rollouts)
+        write_text(folder / f"{name}.txt", table(results) + "\n")
+        write_text(file, json.dumps([result.record() for result in results], indent=2) + "\n")
+        return file
+
+    def close(self) -> None:
+        self.scorer.close()
+
+
+def named_variants(evaluation: Any) -> dict[str, Any]:
+    """The decodings to run; a name says what differs between them."""
+    variants = evaluation.variants()
+    varied = [
+        key for key in ("remasking_strategy", "top_k", "block_size") if len({str(getattr(v, key)) for v in variants}) > 1
+    ]
+
+    def name(decoding: Any) -> str:
+        words = [decoding.remasking_strategy]
+        words += [f"{key}{getattr(decoding, key)}" for key in varied if key != "remasking_strategy"]
+        return "-".join(words)
+
+    return {name(v): v for v in variants}
+
+
+def table(results: list[EvalResult]) -> str:
+    """The results as aligned text."""
+    head = ["decoding", "accuracy", "s.e.", "pass@k", "k", "length", "cut off", "tokens/forward", "tokens/s"]
+    rows = [
+        [
+            r.name,
+            f"{r.accuracy:.3f}",
+            f"{r.standard_error:.3f}",
+            f"{r.pass_at_k:.3f}",
+            str(r.k),
+            f"{r.mean_length:.1f}",
+            f"{r.cut_off_share:.3f}",
+            f"{r.tokens_per_forward:.2f}",
+            f"{r.tokens_per_second:.0f}",
+        ]
+        for r in results
+    ]
+    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
+    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in [head, *rows]]
+    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,279 @@
+"""Checkpoints in and out: a Hugging Face directory or hub name <-> the decoder.
+
+What is written carries the published tensor names, config.json with its extra keys, the tokenizer and the remote-code files of
+the checkpoint it came from, so that the original remote code, SGLang or LMDeploy load it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from common.errors import UserError
+from models.decoder import Decoder
+from models.family import FAMILIES, Family, Piece
+
+TINY_RANDOM = "tiny-random"
+"""The name of a model that is made, not read: models/tiny.py."""
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack")
+SHARD_SIZE = "5GB"
+
+
+@dataclass
+class Pretrained:
+    """A model that was read, with all that sampling, training and writing it again need."""
+
+    decoder: Decoder
+    family: Family
+    tokenizer: Any
+    """The checkpoint's tokenizer (transformers), or None where it has none."""
+    config: dict[str, Any]
+    """config.json, extra keys included."""
+    path: Path | None
+    """Directory it was read from; None for one made on the spot."""
+    mask_id: int
+
+    @property
+    def eos_ids(self) -> list[int]:
+        """Ids that end a turn, from config.json and the tokenizer."""
+        ids = self.config.get("eos_token_id")
+        ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
+        if self.tokenizer is not None:
+            ids.append(self.tokenizer.eos_token_id)
+        return sorted({i for i in ids if i is not None})
+
+    @property
+    def fill_id(self) -> int:
+        """What fills a last block behind its stop token: the pad id, or the end id where there is none."""
+        pad = self.config.get("pad_token_id")
+        if pad is None and self.tokenizer is not None:
+            pad = self.tokenizer.pad_token_id
+        return pad if pad is not None else self.eos_ids[0]
+
+    @property
+    def forbidden_ids(self) -> list[int]:
+        """Ids that are never sampled and carry no probability: the mask, and rows of the vocabulary beyond the tokenizer.
+
+        One list for the engine and the trainer: a token's log-probability must not depend on which of them computes it.
+        """
+        vocab_size = self.decoder.config.vocab_size
+        known = vocab_size if self.tokenizer is None else max(self.tokenizer.get_vocab().values()) + 1
+        return sorted({self.mask_id, *range(known, vocab_size)})
+
+
+def find_directory(name: str) -> Path:
+    """A local directory as it is, a hub name as its downloaded snapshot. Raises UserError."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise UserError(f"model.pretrained_model: {name} has no config.json: name a Hugging Face model directory")
+        return path
+    if path.exists():
+        raise UserError(f"model.pretrained_model: {name} is a file: name the directory that holds config.json")
+    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
+        raise UserError(f"model.pretrained_model: no directory {name}: give an existing directory or a hub name (owner/name)")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
+    except Exception as error:  # the hub raises a dozen kinds: all mean that the model is not to be had
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"model.pretrained_model: {name} is neither a directory here nor to be had from the hub "
+            f"({type(error).__name__}: {reason}): download it and give its path"
+        ) from error
+
+
+def check_family(config: dict[str, Any], family: Family, model_base: str, where: str) -> None:
+    model_type = config.get("model_type")
+    if model_type not in family.model_types:
+        fitting = [name for name in FAMILIES if model_type in FAMILIES.get(name).model_types]
+        hint = f"set model.model_base to {' or '.join(fitting)}" if fitting else "no known family reads it"
+        raise UserError(
+            f"model.model_base: {model_base} reads model_type {'/'.join(family.model_types)}, {where} says {model_type!r}: {hint}"
+        )
+
+
+def find_mask_id(config: dict[str, Any], family: Family, tokenizer: Any, where: str) -> int:
+    """config.json's word, else the tokenizer's, else the family's published id. Raises UserError where none fits."""
+    if config.get("mask_token_id") is not None:
+        found = int(config["mask_token_id"])
+    elif tokenizer is not None:
+        vocabulary = tokenizer.get_vocab()
+        if family.mask_token not in vocabulary:
+            raise UserError(
+                f"{where}: no mask token: config.json has no mask_token_id and the tokenizer has no {family.mask_token!r}: "
+                "add one of them, or choose another model.model_base"
+            )
+        found = vocabulary[family.mask_token]
+    else:
+        found = family.mask_token_id
+    if not 0 <= found < config["vocab_size"]:
+        raise UserError(f"{where}: mask token id {found} lies outside the vocabulary of {config['vocab_size']}: mend config.json")
+    return found
+
+
+def load_tokenizer(path: Path) -> Any:
+    """The tokenizer in `path`, or None where the directory has none."""
+    if not any((path / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")):
+        return None
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        if (path / "tokenizer.json").is_file():
+            # Whole in itself. AutoTokenizer would look the model type up first, and warn that it knows none of ours.
+            return PreTrainedTokenizerFast.from_pretrained(path)
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=True)
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: {reason}): mend or remove it") from error
+
+
+def load_pretrained(name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Pretrained:
+    """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random". Raises UserError naming what is wrong."""
+    family = FAMILIES.get(model_base, "model.model_base")
+    if name == TINY_RANDOM:
+        from models.tiny import build_tiny
+
+        return build_tiny(family, seed=seed, dtype=dtype, device=device)
+    path = find_directory(name)
+    try:
+        config = json.loads((path / "config.json").read_text())
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}/config.json: not JSON ({error}): mend it") from error
+    check_family(config, family, model_base, f"{path}/config.json")
+    tokenizer = load_tokenizer(path)
+    mask_id = find_mask_id(config, family, tokenizer, str(path))
+    decoder = empty_decoder(family, config, dtype, device)
+    load_weights(decoder, family, path)
+    return Pretrained(decoder, family, tokenizer, config, path, mask_id)
+
+
+def empty_decoder(family: Family, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Decoder:
+    """A decoder of that shape with uninitialised weights."""
+    with torch.device("meta"):
+        decoder = Decoder(family.decoder_config(config))
+    decoder = decoder.to(dtype).to_empty(device=device)
+    if decoder.config.tie_word_embeddings:  # to_empty unties
+        decoder.lm_head.weight = decoder.embed.weight
+    return decoder
+
+
+def weight_files(path: Path) -> list[Path]:
+    """The safetensors files of a checkpoint: those its index names, or all there are."""
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            if not (path / name).is_file():
+                raise UserError(f"{path}: shard {name}, which its index names, is missing: download it again")
+        return [path / name for name in names]
+    files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{path}: no .safetensors file: convert the checkpoint to safetensors")
+    return files
+
+
+def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str, ...] = ()) -> None:
+    """Copy every published tensor of `path` into its rows of the decoder; a missing, surplus or misshapen one is an error.
+
+    `ignore`: names that may be there and are not the decoder's (a value head, say).
+    """
+    parameters = dict(decoder.named_parameters())
+    with ExitStack() as stack:
+        where: dict[str, Any] = {}
+        for file in weight_files(path):
+            try:
+                handle = stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise UserError(f"{file}: not a whole safetensors file ({error}): download it again") from error
+            for name in handle.keys():
+                where[name] = handle
+        pieces = family.pieces(decoder.config)
+        surplus = set(where) - {piece.published for piece in pieces} - set(ignore)
+        surplus = {name for name in surplus if not name.endswith("rotary_emb.inv_freq")}
+        missing = [piece.published for piece in pieces if piece.published not in where]
+        if missing:
+            raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}: not a {family.name} checkpoint?")
+        if decoder.config.tie_word_embeddings and surplus == {"lm_head.weight"}:
+            # Some writers store the tied head as well: it has to be the embedding then.
+            if not torch.equal(where["lm_head.weight"].get_tensor("lm_head.weight"), where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
+                raise UserError(f"{path}: tie_word_embeddings is true but lm_head.weight differs from the embedding: mend config.json")
+            surplus = set()
+        if surplus:
+            raise UserError(
+                f"{path}: {len(surplus)} tensors are not part of a {family.name} model, the first is {min(surplus)}: "
+                "is model.model_base right?"
+            )
+        with torch.no_grad():
+            for piece in pieces:
+                target = piece_view(parameters, piece)
+                shape = tuple(where[piece.published].get_slice(piece.published).get_shape())
+                if shape != tuple(target.shape):
+                    raise UserError(
+                        f"{path}: tensor {piece.published} has shape {list(shape)}, config.json makes it {list(target.shape)}"
+                    )
+                target.copy_(where[piece.published].get_tensor(piece.published))
+
+
+def piece_view(parameters: dict[str, Tensor], piece: Piece) -> Tensor:
+    """The rows of a decoder parameter that are one published tensor."""
+    return parameters[piece.parameter][piece.start : piece.start + piece.rows]
+
+
+def published_state(state: dict[str, Tensor], family: Family, decoder_config: Any) -> dict[str, Tensor]:
+    """A decoder's state dict under the published names, on the CPU (copies: fused rows would share one storage)."""
+    return {
+        piece.published: torch.empty_like(view, device="cpu").copy_(view)
+        for piece in family.pieces(decoder_config)
+        for view in [piece_view(state, piece).detach()]
+    }
+
+
+def save_pretrained(model: Pretrained, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
+    """Write `state` (the decoder's, whole, under its own names) as a checkpoint like the one `model` was read from.
+
+    Written beside and renamed; an existing `folder` is replaced as a whole.
+    """
+    from huggingface_hub import save_torch_state_dict
+
+    folder = Path(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir()
+    tensors = published_state(state, model.family, model.decoder.config)
+    save_torch_state_dict(tensors, partial, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
+    if model.path is not None:
+        for file in sorted(model.path.iterdir()):
+            if file.is_file() and not file.name.endswith(WEIGHT_SUFFIXES) and not file.name.startswith("."):
+                shutil.copyfile(file, partial / file.name)
+    elif model.tokenizer is not None:
+        model.tokenizer.save_pretrained(partial)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    # Both spellings: remote code of 2025 reads torch_dtype, transformers 5 reads dtype.
+    config = {**model.config, "torch_dtype": dtype}
+    if "dtype" in config:
+        config["dtype"] = dtype
+    (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
+    replace_directory(partial, folder)
+
+
+def replace_directory(new: Path, folder: Path) -> None:
+    """Move `new` to `folder`, replacing it; a reader sees the old one or the new one, whole (but for the instant between two renames)."""
+    old = folder.with_name(f".{folder.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
+    new.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)

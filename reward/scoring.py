@@ -1,0 +1,87 @@
+"""The reward stage: rollouts -> scored rollouts, with advantages and the groups that are not trained on."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Any, Mapping, Sequence
+
+from common.errors import UserError
+from common.records import Rollout, ScoredRollout, Task
+from reward.advantages import filter_groups, group_advantages, is_overlong
+from reward.registry import Progress, ResponseToScore, Score, make_reward
+
+if TYPE_CHECKING:
+    from configs.schema import Config, Decoding
+
+ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(Rollout)]
+
+
+def response_text(rollout: Rollout, tokenizer: Any) -> str:
+    """The response up to its stop token, without it (it may be an ordinary token) and without special tokens."""
+    end = rollout.num_response - (rollout.finish == "stop")
+    # Clean-up of spaces would change answers: "f (x) , y" -> "f (x), y".
+    return tokenizer.decode(rollout.response_ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+def apply_length_rule(score: Score) -> Score:
+    """An over-long response counts as wrong: not correct, reward 0 (or what it was, where that is less)."""
+    correct = None if score.correct is None else False
+    return dataclasses.replace(score, reward=min(score.reward, 0.0), correct=correct, token_rewards=None, note="over-long")
+
+
+class Scorer:
+    """Scores rollouts as the config says. Holds the reward, whose worker processes live until `close`."""
+
+    def __init__(self, config: Config, tasks_by_id: Mapping[str, Task], tokenizer: Any, decoding: Decoding | None = None) -> None:
+        """`tasks_by_id` is read at every `score` and may grow. `decoding`: config.rollout (default) or config.evaluation, whose
+        `max_token` the length rule counts from; `reward.overlong_margin: -1` switches that rule off (responses as short as
+        those of the tiny tasks may fill `max_token` rightly)."""
+        low, high = config.reward.keep_solve_rate if len(config.reward.keep_solve_rate) == 2 else (1, 0)
+        if not 0 <= low <= high <= 1:
+            raise UserError(f"reward.keep_solve_rate: got {list(config.reward.keep_solve_rate)}, wanted [low, high] within 0..1")
+        self.keep_solve_rate = (low, high)
+        self.tasks_by_id = tasks_by_id
+        self.tokenizer = tokenizer
+        self.max_response = (decoding or config.rollout).max_response_length
+        self.overlong_margin = config.reward.overlong_margin
+        self.advantage = config.training.advantage
+        self.reward = make_reward(config.dataset.data_type, config.reward)
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the reward's worker processes."""
+        self.reward.close()
+
+    def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ScoredRollout]:
+        """Rollouts in any order -> scored ones in the same order; the responses to one task are a group.
+
+        Sets reward, correct, token_rewards, advantage and, for every response of a group that teaches nothing, dropped.
+        """
+        responses = [ResponseToScore(self.tasks_by_id[r.task_id], response_text(r, self.tokenizer), r) for r in rollouts]
+        scores = self.reward.score(responses, progress) if responses else []
+        assert len(scores) == len(rollouts), f"{type(self.reward).__name__} gave {len(scores)} scores for {len(rollouts)} responses"
+        scores = [
+            apply_length_rule(score) if is_overlong(rollout.num_response, self.max_response, self.overlong_margin) else score
+            for rollout, score in zip(rollouts, scores)
+        ]
+
+        rewards, correct = [s.reward for s in scores], [s.correct for s in scores]
+        task_ids = [rollout.task_id for rollout in rollouts]
+        advantages = group_advantages(rewards, task_ids, self.advantage)
+        dropped = filter_groups(rewards, correct, task_ids, self.keep_solve_rate if self.reward.filter_by_solve_rate else (0.0, 1.0))
+        return [
+            ScoredRollout(
+                **{name: getattr(rollout, name) for name in ROLLOUT_FIELDS},
+                reward=score.reward,
+                correct=score.correct,
+                token_rewards=score.token_rewards,
+                advantage=float(advantage),
+                dropped=reason,
+            )
+            for rollout, score, advantage, reason in zip(rollouts, scores, advantages, dropped)
+        ]

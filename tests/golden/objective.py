@@ -1,0 +1,275 @@
+"""objective/<family>: RL rows, log-probs, losses, gradients and several AdamW steps of the reference, reproduced from packed traces.
+
+One set per case. What is compared: for every row its trained tokens, the log-probs of both policies there and its loss; the sum of
+gradients; for the multi-step case the losses, gradient norms and final weights. Cases whose name starts with `optional_` describe
+the reference's own grid and left padding, which are not ours.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from models.checkpoint import Pretrained, load_pretrained, piece_view
+from tests.golden.result import SetResult
+from train.methods import METHODS
+from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
+from train.packing import Document, build_document, build_pack, number
+from train.policy import Policy
+from train.traces import TRACES, Response, Trace, lay_out, limit_pads
+
+LOGPROB, LOSS, GRADIENT, WEIGHT = 1e-4, 1e-5, 1e-4, 1e-4
+"""Tolerances of the golden README: absolute; of the sum of |row losses|; of a tensor's largest entry (+1e-6); absolute."""
+
+
+@dataclass
+class Case:
+    name: str
+    settings: dict[str, Any]
+    rollouts: list[dict[str, Any]]
+    meta: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def read(cls, file: Path) -> Case:
+        meta = json.loads(file.read_text())
+        with safe_open(file.with_suffix(".safetensors"), "pt") as handle:
+            tensors = {name: handle.get_tensor(name) for name in handle.keys()}
+        return cls(meta["name"], meta["settings"], meta["rollouts"], meta, tensors)
+
+    @property
+    def training(self) -> SimpleNamespace:
+        """The case's settings under the names of the config's `training` section."""
+        return SimpleNamespace(**{"eps_high": None, "importance_cap": None, "mask_times_per_sample": 1, **self.settings})
+
+    def responses(self) -> list[Response]:
+        """Padded to the longest response with pads; a shorter step map is extended by its maximum + 1."""
+        length = max(len(r["response_ids"]) for r in self.rollouts)
+        out = []
+        for r in self.rollouts:
+            missing = length - len(r["response_ids"])
+            ids = np.array(r["response_ids"] + [self.meta["pad_id"]] * missing)
+            steps = np.array(r["step_map"] + [max(r["step_map"]) + 1] * missing) if r.get("step_map") else None
+            is_pad = np.arange(length) >= len(r["response_ids"])
+            out.append(Response(np.array(r["prompt_ids"]), ids, length, steps, is_pad))
+        return out
+
+
+def recorded_masks(case: Case, prompt_length: int) -> list[list[np.ndarray]]:
+    """Random masks cannot be drawn again: per rollout, the rows that the set recorded as hidden positions [L], in row order."""
+    extended = case.tensors["extended_input_ids"].numpy()
+    length = (extended.shape[1] - prompt_length) // 2
+    noisy = extended[:, prompt_length + length :]
+    clean = extended[:, prompt_length : prompt_length + length]
+    rows: list[list[np.ndarray]] = [[] for _ in case.rollouts]
+    for row, (ids, hidden) in enumerate(zip(clean, noisy == case.meta["mask_id"], strict=True)):
+        prompt = extended[row, :prompt_length]
+        owners = [
+            i
+            for i, (rollout, response) in enumerate(zip(case.rollouts, case.responses(), strict=True))
+            if np.array_equal(response.response_ids, ids) and np.array_equal(rollout["prompt_ids"], prompt)
+        ]
+        # Equal rollouts would be ambiguous; the one with the fewest rows so far takes it.
+        rows[min(owners, key=lambda i: len(rows[i]))].append(hidden)
+    return rows
+
+
+def masked_trace(response: Response, block_size: int, masks: list[np.ndarray], training: Any) -> Trace:
+    """The slices of given masks, one rank each."""
+    grid = lay_out(response, block_size)
+    hidden = np.concatenate([grid.lay(mask, False) for mask in masks])
+    num_blocks = len(grid.is_response)
+    rank = np.repeat(np.arange(len(masks)), num_blocks)
+    block = np.tile(np.arange(num_blocks), len(masks))
+    predicted = limit_pads(hidden & grid.trained[block], rank, grid.is_pad[block], training.post_num)
+    return Trace(block + grid.first_block, hidden, predicted, rank).nonempty()
+
+
+class ObjectiveChecker:
+    """The objective of one folder of cases, block attention."""
+
+    def __init__(self, folder: Path, family: str) -> None:
+        self.new = load_pretrained(str(folder / "policy"), family, torch.float32)
+        self.old = load_pretrained(str(folder / "old_policy"), family, torch.float32)
+
+    def documents(self, case: Case) -> list[Document]:
+        training = case.training
+        method = case.settings["method"]
+        masks = None
+        if method != "TraceRL":
+            masks = recorded_masks(case, len(case.rollouts[0]["prompt_ids"]))
+        documents = []
+        for index, response in enumerate(case.responses()):
+            if masks is None:
+                trace_name = METHODS.get(method).trace
+                trace = TRACES.get(trace_name)(response, training.block_size, training, np.random.default_rng(0))
+            else:
+                trace = masked_trace(response, training.block_size, masks[index], training)
+            document = build_document(index, response, trace, training.block_size)
+            if document is not None:
+                documents.append(document)
+        return documents
+
+    def policy(self, model: Pretrained) -> Policy:
+        # The sets keep the mask id in the softmax, so nothing is forbidden.
+        return Policy(model.decoder, forbidden_ids=[])
+
+    def rows(self, documents: list[Document]) -> list[tuple[int, int]]:
+        """The rows (response, k) in the reference's order: rollout by rollout, or all first masks and then all second ones."""
+        return [(d.response, int(k)) for d in documents for k in np.unique(d.trace.rank)]
+
+
+def select_row(documents: list[Document], response: int, k: int) -> Document:
+    document = next(d for d in documents if d.response == response)
+    return document.select(document.trace.rank == k)
+
+
+def objective_input(case: Case, documents: list[Document], old: Policy, new: Policy) -> tuple[ObjectiveInput, Any]:
+    """Log-probs of both policies for every prediction of `documents` (one batch), weighted as the reference does."""
+    predictions = number(documents)
+    pack = build_pack(documents, case.meta["mask_id"])
+    with torch.no_grad():
+        old_logprobs, _ = old(pack)
+    logprobs, _ = new(pack)
+    length = max(len(r["response_ids"]) for r in case.rollouts)
+    weights = torch.as_tensor(token_weights(predictions, "reference", length, length), dtype=torch.float32)[pack.prediction]
+    advantages = torch.tensor([r["reward"] for r in case.rollouts])[torch.as_tensor(predictions.response)][pack.prediction]
+    x = ObjectiveInput(logprobs, old_logprobs, old_logprobs, old_logprobs, advantages, weights, weights)
+    return x, predictions
+
+
+def gradient_errors(model: Pretrained, tensors: dict[str, Tensor]) -> Iterator[float]:
+    """Error of every recorded gradient (or gradient norm) as a share of its tolerance."""
+    gradients = {name: p.grad for name, p in model.decoder.named_parameters()}
+    for piece in model.family.pieces(model.decoder.config):
+        ours = piece_view(gradients, piece)
+        if f"grad_sum.{piece.published}" in tensors:
+            theirs = tensors[f"grad_sum.{piece.published}"]
+            yield float((ours - theirs).abs().max() / (GRADIENT * theirs.abs().max() + 1e-6))
+        if f"grad_l2.{piece.published}" in tensors:
+            theirs = tensors[f"grad_l2.{piece.published}"].float()
+            yield float((ours.norm() - theirs).abs() / (GRADIENT * theirs.abs() + 1e-6))
+
+
+def check_case(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
+    """Row by row, then all rows as one batch. `max_error` is the worst error as a share of its own tolerance."""
+    new, old = checker.policy(checker.new), checker.policy(checker.old)
+    # The reference's embedding gives the pad id no gradient.
+    checker.new.decoder.embed.padding_idx = case.meta["pad_id"]
+    new.zero_grad(set_to_none=False)
+    clipped, tensors, notes = OBJECTIVES.get("clipped"), case.tensors, []
+    documents = checker.documents(case)
+    rows = checker.rows(documents)
+    if case.settings["method"] != "TraceRL":
+        rows.sort(key=lambda row: row[1])
+    theirs = tensors["row_loss"].double()
+    worst = 0.0
+    if len(rows) != len(theirs):
+        return SetResult(path, "FAIL", len(rows), math.inf, 1.0, [f"{len(rows)} rows, the set has {len(theirs)}"])
+    row_losses = []
+    for index, (response, k) in enumerate(rows):
+        x, predictions = objective_input(case, [select_row(documents, response, k)], old, new)
+        prompt = len(case.rollouts[response]["prompt_ids"])
+        positions = torch.as_tensor(predictions.offset + prompt)
+        mask = tensors["p_mask"][index].bool()
+        order = positions.argsort()
+        if not torch.equal(mask.nonzero()[:, 0], positions[order]):
+            return SetResult(path, "FAIL", len(rows), math.inf, 1.0, [f"row {index} trains other tokens"])
+        for ours, name in [(x.logprobs, "logp_new"), (x.old_logprobs, "logp_old")]:
+            if name in tensors:
+                worst = max(worst, float((ours.detach()[order] - tensors[name][index][mask]).abs().max()) / LOGPROB)
+        loss = clipped(x, case.training).loss
+        loss.backward()  # the set's gradient is that of the sum of row losses
+        row_losses.append(loss.item())
+    ours = torch.tensor(row_losses, dtype=torch.float64)
+    scale = float(theirs.abs().sum())
+    worst = max(worst, float((ours - theirs).abs().max()) / (LOSS * scale), abs(float(ours.sum() - tensors["loss_sum"])) / (LOSS * scale))
+    worst = max([worst, *gradient_errors(checker.new, tensors)])
+    new.zero_grad(set_to_none=False)
+    # One batch of all rows: global normalisation must give their mean.
+    x, _ = objective_input(case, documents, old, new)
+    mean_error = abs(float(clipped(x, case.training).loss.detach() - tensors["loss_mean"]))
+    worst = max(worst, mean_error / (LOSS * float(theirs.abs().mean())))
+    checker.new.decoder.embed.padding_idx = None
+    return SetResult(path, "PASS" if worst <= 1 else "FAIL", len(rows), worst, 1.0, notes)
+
+
+def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
+    """Real training: rows in order in batches, AdamW, clipping, a cosine learning rate; losses, norms and final weights."""
+    settings, optimizer_settings = case.settings, case.meta["optimizer"]
+    before = {name: p.detach().clone() for name, p in checker.new.decoder.named_parameters()}
+    new, start = checker.policy(checker.new), checker.policy(checker.new)
+    documents = checker.documents(case)
+    rows = checker.rows(documents)
+    size = settings["batch_size_lm"]
+    batches = [rows[i : i + size] for i in range(0, len(rows), size)]
+    parts = [[select_row(documents, *row) for row in batch] for batch in batches]
+    # The old log-probs are those of the initial weights, computed once.
+    with torch.no_grad():
+        olds = [objective_input(case, part, start, start)[0].old_logprobs for part in parts]
+    optimizer = torch.optim.AdamW(
+        new.parameters(),
+        lr=optimizer_settings["learning_rate"],
+        betas=(optimizer_settings["beta1"], optimizer_settings["beta2"]),
+        eps=optimizer_settings["epsilon"],
+        weight_decay=optimizer_settings["weight_decay"],
+    )
+    losses, norms = [], []
+    num_updates = len(parts) * settings["num_train_epochs"]
+    for update in range(num_updates):
+        part, old = parts[update % len(parts)], olds[update % len(parts)]
+        rate = optimizer_settings["learning_rate"] * (1 + math.cos(math.pi * update / (num_updates + 1))) / 2
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        x, _ = objective_input(case, part, start, new)
+        x.old_logprobs = x.kl_logprobs = old
+        loss = OBJECTIVES.get("clipped")(x, case.training).loss
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(new.parameters(), settings["max_grad_norm"])))
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    tensors, worst = case.tensors, 0.0
+    theirs = tensors["step_losses"].double()
+    scale = float(theirs.abs().sum())
+    worst = max(worst, float((torch.tensor(losses, dtype=torch.float64) - theirs).abs().max()) / (LOSS * scale))
+    recorded = tensors["grad_norms_before_clip"].double()
+    worst = max(worst, float(((torch.tensor(norms, dtype=torch.float64) - recorded).abs() / recorded).max()) / GRADIENT)
+    state = dict(checker.new.decoder.named_parameters())
+    for piece in checker.new.family.pieces(checker.new.decoder.config):
+        final = tensors.get(f"final.{piece.published}")
+        if final is not None:
+            worst = max(worst, float((piece_view(state, piece).detach() - final).abs().max()) / WEIGHT)
+    with torch.no_grad():
+        for name, p in checker.new.decoder.named_parameters():
+            p.copy_(before[name])
+    return SetResult(path, "PASS" if worst <= 1 else "FAIL", num_updates, worst, 1.0, [])
+
+
+OURS = {"TraceRL", "random_masking", "coupled"}
+
+
+def check(folder: Path, name: str, family: str) -> list[SetResult]:
+    """All cases of `folder` (which holds policy/ and old_policy/); `name` is its path under the golden directory."""
+    checker = ObjectiveChecker(folder, family)
+    results = []
+    for file in sorted(folder.glob("*.json")):
+        case, path = Case.read(file), f"{name}/{file.stem}"
+        if case.name.startswith("optional_"):
+            results.append(SetResult(path, "UNSUPPORTED", 0, 0.0, 0.0, ["describes the reference's own grid or left padding"]))
+        elif case.settings["method"] not in METHODS:
+            results.append(SetResult(path, "UNSUPPORTED", 0, 0.0, 0.0, [f"method {case.settings['method']}"]))
+        elif "step_losses" in case.tensors:
+            results.append(check_multi_step(checker, case, path))
+        else:
+            results.append(check_case(checker, case, path))
+    return results

@@ -1,0 +1,182 @@
+"""Packs: brute force against one forward per step, and independence of how documents are cut."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from models.attention import TokenIds, allowed, dense_mask, masked_attention
+from models.registry import FAMILIES
+from models.tiny import build_tiny
+from train.objectives import token_weights
+from train.packing import assign, build_document, build_pack, number, split_long, split_rows
+from train.policy import Policy
+from train.traces import Response, trace_slices
+
+TRAINING = SimpleNamespace(shrink=1, post_num=None)
+
+
+def random_documents(block_size, count=6, seed=0, shrink=1, vocab=25):
+    rng = np.random.default_rng(seed)
+    documents, responses = [], []
+    for index in range(count):
+        prompt = int(rng.integers(1, 3 * block_size + 2))
+        length = -prompt % block_size + block_size * int(rng.integers(1, 4))
+        steps = rng.integers(1, 3 * block_size, length)
+        r = Response(rng.integers(0, vocab, prompt), rng.integers(0, vocab, length), int(rng.integers(1, length + 1)), steps)
+        responses.append(r)
+        trace = trace_slices(r, block_size, SimpleNamespace(shrink=shrink, post_num=None), None)
+        documents.append(build_document(index, r, trace, block_size))
+    return documents, responses
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return build_tiny(FAMILIES.get("sdar"), seed=3)
+
+
+def one_forward_per_slice(tiny, documents):
+    """The log-probs the slow way: for every slice a forward over all that it may see, under a mask written out by hand."""
+    decoder, out = tiny.decoder, []
+    for d in documents:
+        size = d.block_size
+        for row in range(len(d.trace.block)):
+            start = int(d.trace.block[row]) * size
+            ids = d.ids[: start + size].copy()
+            ids[start:][d.trace.hidden[row]] = tiny.mask_id
+            n = len(ids)
+            mask = torch.zeros(n, n, dtype=torch.bool)
+            for q in range(n):
+                for k in range(n):
+                    mask[q, k] = k // size <= q // size
+            hidden = decoder(torch.tensor(ids), torch.arange(n), masked_attention(mask))
+            logits = decoder.lm_head(hidden)
+            logits[:, tiny.forbidden_ids] = -torch.inf
+            log_p = logits.log_softmax(-1)
+            for column in np.flatnonzero(d.trace.predicted[row]):
+                out.append(log_p[start + column, d.ids[start + column]])
+    return torch.stack(out)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 4, 8])
+def test_packed_logprobs_and_gradients_equal_one_forward_per_step(tiny, block_size):
+    documents, _ = random_documents(block_size, seed=block_size, shrink=2 if block_size == 4 else 1)
+    number(documents)
+    pack = build_pack(documents, tiny.mask_id, round_to=16)
+    policy = Policy(tiny.decoder, tiny.forbidden_ids, head_chunk=7)
+    weights = torch.randn(len(pack.prediction), generator=torch.Generator().manual_seed(0))
+
+    policy.zero_grad()
+    logprobs, entropy = policy(pack)
+    (logprobs * weights).sum().backward()
+    packed = {name: p.grad.clone() for name, p in policy.named_parameters()}
+
+    policy.zero_grad()
+    slow = one_forward_per_slice(tiny, documents)
+    (slow * weights).sum().backward()
+    assert (logprobs - slow).abs().max() < 1e-5
+    for name, p in policy.named_parameters():
+        assert (packed[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
+    assert (entropy > 0).all()
+
+
+def test_cutting_documents_and_rows_changes_no_logprob(tiny):
+    documents, _ = random_documents(4, count=5, seed=9)
+    predictions = number(documents)
+    policy = Policy(tiny.decoder, tiny.forbidden_ids)
+    with torch.no_grad():
+        pack = build_pack(documents, tiny.mask_id)
+        whole = torch.zeros(len(predictions)).index_copy(0, pack.prediction, policy(pack)[0])
+        table = torch.zeros(len(predictions))
+        seen = torch.zeros(len(predictions))
+        for packs in assign(documents, 40, num_ranks=3):
+            for own in packs:
+                pack = build_pack(own, tiny.mask_id, round_to=8)
+                real = pack.prediction >= 0
+                table[pack.prediction[real]] = policy(pack)[0][real]
+                seen[pack.prediction[real]] += 1
+    assert (seen == 1).all()
+    assert (table - whole).abs().max() < 1e-5
+
+
+def test_assign_keeps_the_budget_and_gives_every_rank_as_many_packs():
+    documents, _ = random_documents(4, count=23, seed=5)
+    number(documents)
+    ranks = assign(documents, 64, num_ranks=4)
+    assert len({len(r) for r in ranks}) == 1
+    for packs in ranks:
+        for own in packs:
+            assert sum(d.num_tokens for d in own) <= 64 or len(own) == 1 and len(own[0].trace.block) == 1
+    slices = sum(len(d.trace.block) for packs in ranks for own in packs for d in own)
+    assert slices == sum(len(d.trace.block) for d in documents)
+
+
+def test_a_long_document_is_split_by_slices():
+    documents, _ = random_documents(4, count=6, seed=2)
+    documents = [max(documents, key=lambda d: len(d.trace.block))]
+    number(documents)
+    parts = split_long(documents[0], 24)
+    assert len(parts) > 1
+    assert sum(p.num_predictions for p in parts) == documents[0].num_predictions
+    firsts = [p.first_prediction for p in parts]
+    assert firsts == list(np.cumsum([0] + [p.num_predictions for p in parts[:-1]]))
+
+
+def test_rows_are_split_evenly_and_each_once():
+    documents, _ = random_documents(4, count=9, seed=4)
+    rows = {(d.response, int(k)) for d in documents for k in np.unique(d.trace.rank)}
+    parts = split_rows(documents, 4, np.random.default_rng(0))
+    found = [{(d.response, int(k)) for d in part for k in np.unique(d.trace.rank)} for part in parts]
+    assert set.union(*found) == rows and sum(map(len, found)) == len(rows)
+    assert max(map(len, found)) - min(map(len, found)) <= 1
+
+
+def test_mask_formula_by_hand():
+    # One document of block size 2: clean a b | slice of block 0 | slice of block 1; then another document.
+    ids = TokenIds(
+        torch.tensor([0, 0, 0, 0, 0, 0, 1]),
+        torch.tensor([0, 0, 0, 0, 1, 1, 0]),
+        torch.tensor([0, 0, 1, 1, 2, 2, 0]),
+    )
+    expected = torch.tensor(
+        [
+            [1, 1, 0, 0, 0, 0, 0],
+            [1, 1, 0, 0, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0],
+            [0, 0, 1, 1, 0, 0, 0],
+            [1, 1, 0, 0, 1, 1, 0],
+            [1, 1, 0, 0, 1, 1, 0],
+            [0, 0, 0, 0, 0, 0, 1],
+        ],
+        dtype=torch.bool,
+    )
+    assert torch.equal(dense_mask(ids), expected)
+    assert bool(allowed(0, 1, 0, 0, 1, 0)) and not bool(allowed(0, 1, 1, 0, 1, 0))
+
+
+def test_an_empty_micro_batch_counts_nothing(tiny):
+    pack = build_pack([], tiny.mask_id, round_to=8)
+    logprobs, _ = Policy(tiny.decoder, tiny.forbidden_ids)(pack)
+    assert pack.prediction.tolist() == [-1] and torch.isfinite(logprobs).all()
+
+
+def test_token_weights_by_hand():
+    # Response 0: rows k=0 (two tokens, one slice) and k=1 (one token); response 1: one row of three tokens in two slices.
+    from train.packing import Predictions
+
+    p = Predictions(
+        response=np.array([0, 0, 0, 1, 1, 1]),
+        offset=np.array([0, 1, 2, 0, 1, 2]),
+        rank=np.array([0, 0, 1, 0, 0, 0]),
+        slice=np.array([0, 0, 1, 2, 2, 3]),
+        weight=np.ones(6),
+    )
+    weights = {name: token_weights(p, name, 10, 100).tolist() for name in ("reference", "step", "response", "token", "constant")}
+    assert weights["reference"] == pytest.approx([1 / 30] * 6)
+    assert weights["step"] == pytest.approx([1 / 4, 1 / 4, 1 / 2, 1 / 4, 1 / 4, 1 / 2])
+    assert weights["response"] == pytest.approx([1 / 6] * 6)
+    assert weights["token"] == pytest.approx([1 / 6] * 6)
+    assert weights["constant"] == pytest.approx([1 / 200] * 6)

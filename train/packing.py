@@ -1,0 +1,258 @@
+"""Packing: responses and their slices -> documents -> micro-batches of packed rows (DESIGN, "Packed traces").
+
+A document is one response: its clean sequence once, then the slices that train it, B tokens each. Documents share a row of
+`max_tokens` tokens and do not see each other. Every prediction (one token predicted by one slice) is numbered over the whole
+batch, so that advantages, old log-probs and weights are plain arrays over predictions, whatever the packing.
+
+Shapes: S slices, B block size, N tokens of a pack, M predictions of a pack.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from models.attention import TokenIds
+from train.traces import Response, Trace
+
+
+@dataclass
+class Document:
+    """One response (or a part of its slices) as tokens."""
+
+    response: int
+    """Index of the response in its batch."""
+    ids: np.ndarray
+    """Prompt and response, clean."""
+    prompt_length: int
+    block_size: int
+    trace: Trace
+    first_prediction: int = 0
+    """Number of this document's first prediction in its batch; the others follow in slice order."""
+
+    @property
+    def num_clean(self) -> int:
+        """Clean tokens that some slice sees: nobody reads the clean copy of the last slice's block."""
+        return int(self.trace.block.max()) * self.block_size
+
+    @property
+    def num_tokens(self) -> int:
+        return self.num_clean + len(self.trace.block) * self.block_size
+
+    @property
+    def num_predictions(self) -> int:
+        return int(self.trace.predicted.sum())
+
+    def select(self, keep: np.ndarray) -> Document:
+        """A part of the slices (ascending indices or bool over S). Its predictions keep no numbers: `number` gives new ones."""
+        return Document(self.response, self.ids, self.prompt_length, self.block_size, self.trace.select(keep))
+
+
+@dataclass
+class Predictions:
+    """Arrays over all predictions of a list of documents, in order."""
+
+    response: np.ndarray
+    """Index of the response."""
+    offset: np.ndarray
+    """Position in the response, 0 = first response token."""
+    rank: np.ndarray
+    """k of the pair (response, k)."""
+    slice: np.ndarray
+    """Number of the slice over all documents: the tokens of one collapsed step of one block share it."""
+    weight: np.ndarray
+    """The trace method's own factor on the loss."""
+
+    def __len__(self) -> int:
+        return len(self.response)
+
+    def select(self, keep: np.ndarray) -> Predictions:
+        return Predictions(*(getattr(self, f.name)[keep] for f in fields(self)))
+
+
+def build_document(index: int, response: Response, trace: Trace, block_size: int) -> Document | None:
+    """The document of one response, slices in block order; None where nothing of it is trained."""
+    if not len(trace.block):
+        return None
+    order = np.lexsort((trace.rank, trace.block))
+    ids = np.concatenate([response.prompt_ids, response.response_ids]).astype(np.int64)
+    return Document(index, ids, len(response.prompt_ids), block_size, trace.select(order))
+
+
+def number(documents: list[Document]) -> Predictions:
+    """Number the predictions of `documents` in order (sets `first_prediction`) and say what each of them is."""
+    columns: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(Predictions)}
+    first_prediction = first_slice = 0
+    for document in documents:
+        trace, size = document.trace, document.block_size
+        row, column = trace.predicted.nonzero()
+        columns["response"].append(np.full(len(row), document.response))
+        columns["offset"].append(trace.block[row] * size + column - document.prompt_length)
+        columns["rank"].append(trace.rank[row])
+        columns["slice"].append(row + first_slice)
+        columns["weight"].append(trace.weight[row])
+        document.first_prediction = first_prediction
+        first_prediction += len(row)
+        first_slice += len(trace.block)
+    return Predictions(*(np.concatenate(c) if c else np.zeros(0, np.int64) for c in columns.values()))
+
+
+def split_rows(documents: list[Document], num_parts: int, generator: np.random.Generator) -> list[list[Document]]:
+    """Cut the rows, the pairs (response, k), of a batch into parts of nearly equal size, one for each update.
+
+    Responses come in random order and rows of one response stay together where the cuts allow, for its clean copy is paid once
+    in every part that holds a row of it.
+    """
+    if num_parts <= 1:
+        return [documents]
+    order = generator.permutation(len(documents))
+    ranks = [np.unique(documents[i].trace.rank) for i in order]
+    num_rows = sum(len(r) for r in ranks)
+    num_parts = min(num_parts, num_rows)
+    bounds = np.linspace(0, num_rows, num_parts + 1).round().astype(int)
+    parts: list[list[Document]] = [[] for _ in range(num_parts)]
+    row = 0
+    for i, own in zip(order, ranks, strict=True):
+        part_of_row = np.searchsorted(bounds, np.arange(row, row + len(own)), side="right") - 1
+        for part in np.unique(part_of_row):
+            parts[part].append(documents[i].select(np.isin(documents[i].trace.rank, own[part_of_row == part])))
+        row += len(own)
+    return parts
+
+
+def split_long(document: Document, max_tokens: int) -> list[Document]:
+    """Parts of at most `max_tokens` tokens: each carries the clean prefix that its slices see, so the sum of losses is the same.
+
+    A part always holds one slice, though it alone be longer than the budget.
+    """
+    if document.num_tokens <= max_tokens:
+        return [document]
+    block, size = document.trace.block, document.block_size
+    parts, start = [], 0
+    while start < len(block):
+        # Slices are in block order, so the clean prefix of slices start..end is that of the last one.
+        tokens = block[start:] * size + np.arange(1, len(block) - start + 1) * size
+        end = start + max(1, int(np.searchsorted(tokens, max_tokens, side="right")))
+        part = document.select(np.arange(start, end))
+        part.first_prediction = document.first_prediction + int(document.trace.predicted[:start].sum())
+        parts.append(part)
+        start = end
+    return parts
+
+
+def assign(documents: list[Document], max_tokens: int, num_ranks: int) -> list[list[list[Document]]]:
+    """Documents -> for every rank a list of micro-batches, the same number on each: [rank][micro-batch][document].
+
+    First-fit decreasing into as few packs of `max_tokens` as it finds, then packs dealt out by falling size to the rank with the
+    fewest tokens. A rank may be left with an empty micro-batch.
+    """
+    parts = [part for document in documents for part in split_long(document, max_tokens)]
+    parts.sort(key=lambda d: (-d.num_tokens, d.first_prediction))
+    packs: list[list[Document]] = []
+    room: list[int] = []
+    first_open = 0
+    for part in parts:
+        tokens = part.num_tokens
+        for i in range(first_open, len(packs)):
+            if room[i] >= tokens:
+                break
+        else:
+            i = len(packs)
+            packs.append([])
+            room.append(max_tokens)
+        packs[i].append(part)
+        room[i] -= tokens
+        smallest = parts[-1].num_tokens
+        while first_open < len(packs) and room[first_open] < smallest:
+            first_open += 1
+    share = -(-len(packs) // num_ranks)
+    ranks: list[list[list[Document]]] = [[] for _ in range(num_ranks)]
+    load = [0] * num_ranks
+    for i in sorted(range(len(packs)), key=lambda i: room[i]):
+        rank = min((r for r in range(num_ranks) if len(ranks[r]) < share), key=lambda r: load[r])
+        ranks[rank].append(packs[i])
+        load[rank] += max_tokens - room[i]
+    for own in ranks:
+        own += [[] for _ in range(share - len(own))]
+    return ranks
+
+
+@dataclass
+class Pack:
+    """One micro-batch on the device."""
+
+    input_ids: Tensor
+    """[N]"""
+    positions: Tensor
+    """[N]"""
+    token_ids: TokenIds
+    """Who sees whom."""
+    rows: Tensor
+    """[M] the token whose hidden state predicts."""
+    targets: Tensor
+    """[M] the id that it predicts."""
+    prediction: Tensor
+    """[M] number of the prediction in the batch; -1: a filler that must not count (an empty micro-batch)."""
+    num_filler: int = 0
+    """Tokens that only round the pack up."""
+
+    def to(self, device: torch.device | str) -> Pack:
+        ids = TokenIds(*(getattr(self.token_ids, f.name).to(device, non_blocking=True) for f in fields(TokenIds)))
+        tensors = {
+            f.name: getattr(self, f.name).to(device, non_blocking=True)
+            for f in fields(self)
+            if f.name not in ("token_ids", "num_filler")
+        }
+        return Pack(**tensors, token_ids=ids, num_filler=self.num_filler)
+
+
+def build_pack(documents: list[Document], mask_id: int, round_to: int = 1, logit_shift: int = 0) -> Pack:
+    """Lay documents into one row. `round_to`: the row is filled up to a multiple of it, so that compiled kernels see few sizes.
+
+    An empty list makes a row of filler with one prediction that counts nothing: a rank without data still joins every collective.
+    """
+    ids, positions, document_id, block_id, slice_id, rows, targets, prediction = ([] for _ in range(8))
+    start = 0
+    for index, document in enumerate(documents):
+        trace, size, num_clean = document.trace, document.block_size, document.num_clean
+        column = np.arange(size)
+        slice_positions = trace.block[:, None] * size + column  # [S, B]
+        clean = document.ids[slice_positions]
+        noisy = np.where(trace.hidden, mask_id, clean)
+        ids += [document.ids[:num_clean], noisy.ravel()]
+        positions += [np.arange(num_clean), slice_positions.ravel()]
+        block_id += [np.arange(num_clean) // size, np.repeat(trace.block, size)]
+        slice_id += [np.zeros(num_clean, np.int64), np.repeat(np.arange(1, len(trace.block) + 1), size)]
+        document_id.append(np.full(document.num_tokens, index))
+        row, predicted_column = trace.predicted.nonzero()
+        rows.append(start + num_clean + row * size + predicted_column - logit_shift)
+        targets.append(clean[row, predicted_column])
+        prediction.append(np.arange(len(row)) + document.first_prediction)
+        start += document.num_tokens
+    filler = -start % round_to if documents else max(round_to, 1)
+    if filler:
+        # Every filler token is a document of its own: it sees itself, and nobody sees it.
+        ids.append(np.full(filler, mask_id))
+        for column in (positions, block_id, slice_id):
+            column.append(np.zeros(filler, np.int64))
+        document_id.append(len(documents) + np.arange(filler))
+    if not documents:
+        rows.append(np.zeros(1, np.int64))
+        targets.append(np.zeros(1, np.int64))
+        prediction.append(np.full(1, -1))
+
+    def tensor(columns: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(columns).astype(np.int64))
+
+    return Pack(
+        input_ids=tensor(ids),
+        positions=tensor(positions),
+        token_ids=TokenIds(tensor(document_id), tensor(block_id), tensor(slice_id)),
+        rows=tensor(rows),
+        targets=tensor(targets),
+        prediction=tensor(prediction),
+        num_filler=filler,
+    )

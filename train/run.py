@@ -1,0 +1,154 @@
+"""What every training run is made of, whatever it trains on: processes, run directory, model, trainer, metrics, resume."""
+
+from __future__ import annotations
+
+import json
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Iterator
+
+import torch
+
+from common import dist
+from common.errors import UserError, warn
+from common.metrics import MetricsLog
+from common.report import write_report
+from common.run_dir import RunDir
+from models.checkpoint import load_pretrained, save_pretrained
+from train.loop import Trainer
+
+REPORT_EVERY_SECONDS = 20.0
+
+
+class Run:
+    """One run directory and what works in it. RL (rl.py) and SFT (train/sft.py) each hold one."""
+
+    def __init__(self, config: Any, total_steps: int, temperature: float) -> None:
+        """total_steps: of the run; temperature: that the trained tokens were sampled under."""
+        self.config, self.total_steps = config, total_steps
+        self.accelerator = dist.make_accelerator(config)
+        self.is_main = self.accelerator.is_main_process
+        set_numerics(config, self.accelerator.device)
+        self.directory = RunDir(config.experiment.project)
+        with dist.main_first():
+            if self.is_main:
+                self.directory.open(config, config.experiment.start_from_scratch)
+        self.model = self.load_model()
+        self.trainer = Trainer(self.model, config, self.accelerator, temperature)
+        self.metrics = MetricsLog(self.directory.path, config, self.is_main)
+        self.watch = dist.Stopwatch(self.accelerator.device)
+        self.step = 0
+        """The last finished step."""
+        self._report_at = time.monotonic()
+
+    def load_model(self):
+        """The model the run starts from (also the frozen reference of a KL term)."""
+        config = self.config
+        with dist.main_first():  # the first downloads, the others find it in the cache
+            return load_pretrained(
+                config.model.pretrained_model,
+                config.model.model_base,
+                dist.weights_dtype(config),
+                self.accelerator.device,
+                seed=config.training.seed,
+            )
+
+    # -- resume
+
+    def resume(self) -> dict[str, Any]:
+        """Go on from the newest state, if there is one; returns what `save_state` was given with it ({} at a fresh start)."""
+        folder = dist.broadcast_object(self.directory.latest_state())
+        extra: dict[str, Any] = {}
+        if folder is not None:
+            saved = json.loads((folder / "run.json").read_text())
+            if saved["num_processes"] != self.accelerator.num_processes:
+                raise UserError(
+                    f"{folder}: written by {saved['num_processes']} processes, these are {self.accelerator.num_processes}: "
+                    f"go on with experiment.num_processes={saved['num_processes']}"
+                )
+            self.accelerator.load_state(str(folder))
+            self.step, self.trainer.num_steps, extra = saved["step"], saved["num_optimizer_steps"], saved["extra"]
+            if self.is_main:
+                print(f"going on with {self.directory.path} behind step {self.step}", flush=True)
+        started_at = self.config.experiment.current_epoch
+        if started_at > 1 and started_at != self.step + 1:
+            warn(f"experiment.current_epoch is {started_at}, the run's state says {self.step + 1}: the state is followed")
+        self.metrics.truncate_after(self.step)
+        return extra
+
+    def save_state(self, extra: dict[str, Any]) -> None:
+        """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
+        saved = {
+            "step": self.step,
+            "num_optimizer_steps": self.trainer.num_steps,
+            "num_processes": self.accelerator.num_processes,
+            "extra": extra,
+        }
+
+        def write(folder: Path) -> None:
+            # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
+            self.accelerator.save_state(str(folder), safe_serialization=False)
+            if self.is_main:
+                (folder / "run.json").write_text(json.dumps(saved))
+
+        self.directory.write_state(self.step, write, self.is_main, dist.barrier)
+
+    # -- checkpoints
+
+    def save_checkpoint(self, *names: str) -> None:
+        """Write the weights in Hugging Face format as ckpt/NAME, for every name."""
+        state = self.accelerator.get_state_dict(self.trainer.policy)
+        if self.is_main:
+            prefix = "decoder."
+            state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            for name in names:
+                save_pretrained(self.model, state, self.directory.checkpoints / name)
+        dist.barrier()
+
+    # -- a step
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Times a phase of the step."""
+        with self.watch(name):
+            yield
+
+    def finish_step(self, metrics: dict[str, float], extra: dict[str, Any]) -> None:
+        """Count the step, log it, and keep what has to be kept: metrics first, the state last, so that a kill between loses nothing."""
+        experiment = self.config.experiment
+        self.step += 1
+        is_last = self.step == self.total_steps
+        metrics = {**metrics, **self.device_metrics()}
+        self.metrics.write(self.step, metrics)
+        self.metrics.line(self.step, self.total_steps, metrics)
+        if self.step % experiment.save_every == 0 or is_last:
+            self.save_checkpoint(self.config.model.optimized_name, f"step-{self.step}")
+        if self.step % experiment.save_state_every == 0 or is_last:
+            self.save_state(extra)
+        if self.is_main and (is_last or time.monotonic() - self._report_at > REPORT_EVERY_SECONDS):
+            write_report(self.directory.path)
+            self._report_at = time.monotonic()
+
+    def device_metrics(self) -> dict[str, float]:
+        """Seconds of every phase of the step (the slowest rank's) and the peak memory since the last call."""
+        metrics = {f"time/{name}_seconds": seconds for name, seconds in self.watch.slowest().items()}
+        self.watch.seconds.clear()
+        if self.accelerator.device.type == "cuda":
+            metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+            torch.cuda.reset_peak_memory_stats()
+        return metrics
+
+    def close(self) -> None:
+        self.metrics.close()
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def set_numerics(config: Any, device: torch.device) -> None:
+    """Precision of float32 products, and threads."""
+    torch.set_float32_matmul_precision("high" if config.training.enable_tf32 and device.type == "cuda" else "highest")
+    if device.type == "cpu":
+        # Small models gain nothing from a second thread, and lose much where processes share the cores.
+        torch.set_num_threads(1)
+

@@ -1,0 +1,185 @@
+"""Trace methods: from a response to its slices. What is masked, and which tokens each slice trains.
+
+A slice is one block as the model saw it at one step. A trace method is a function of one response that says, for every slice,
+which block it is, which tokens are hidden and which are predicted; train/packing.py does the rest. Nothing here imports torch.
+
+Shapes: S slices, B block size, W = number of blocks that hold a response token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Callable
+
+import numpy as np
+
+from common.errors import UserError
+from common.registry import Registry
+
+NEVER = np.iinfo(np.int64).max
+"""Step of a token that was never revealed: later than every step, so it is a mask in every slice."""
+
+
+@dataclass
+class Response:
+    """One response as training sees it, whatever it came from (a rollout, an SFT record)."""
+
+    prompt_ids: np.ndarray
+    response_ids: np.ndarray
+    """Whole blocks together with the prompt: (prompt + response) % block size == 0."""
+    num_trained: int
+    """Tokens from the start of the response that may be trained; those behind are context."""
+    step_map: np.ndarray | None = None
+    """1-based step that revealed each response token, 0 = never; None where the method does not ask for one."""
+    is_pad: np.ndarray | None = None
+    """Padding inside the trained part (SFT data, padded rollouts): `post_num` limits how many of them a row trains."""
+
+    def __post_init__(self) -> None:
+        assert self.step_map is None or len(self.step_map) == len(self.response_ids)
+        assert 0 <= self.num_trained <= len(self.response_ids)
+
+
+@dataclass
+class Trace:
+    """The slices of one response. Rows are slices, columns the positions of their block."""
+
+    block: np.ndarray
+    """[S] block of each slice, counted from position 0 of the prompt."""
+    hidden: np.ndarray
+    """bool [S, B] positions that the model sees as masks."""
+    predicted: np.ndarray
+    """bool [S, B] positions that this slice trains: a subset of the hidden ones."""
+    rank: np.ndarray
+    """[S] the k of the pair (response, k): rank of the slice's collapsed step among the distinct ones of its block. All slices of
+    one rank are one row of the reference."""
+    weight: np.ndarray = field(default=None)  # type: ignore[assignment]
+    """float [S] factor on the loss of the slice's tokens (1/ratio weighting); ones where the method has none."""
+
+    def __post_init__(self) -> None:
+        if self.weight is None:
+            self.weight = np.ones(len(self.block))
+        assert not (self.predicted & ~self.hidden).any(), "a visible token cannot be predicted"
+
+    def select(self, keep: np.ndarray) -> Trace:
+        """The slices where `keep` (bool or indices over S)."""
+        return Trace(self.block[keep], self.hidden[keep], self.predicted[keep], self.rank[keep], self.weight[keep])
+
+    def nonempty(self) -> Trace:
+        return self.select(self.predicted.any(axis=1))
+
+
+TraceMethod = Callable[[Response, int, Any, np.random.Generator], Trace]
+"""(response, block size, the config's `training` section, generator keyed on seed, step, task and sample) -> Trace."""
+
+TRACES: Registry[TraceMethod] = Registry("trace method")
+
+
+@dataclass
+class Grid:
+    """A response laid on the block grid of absolute positions; entries outside the response are prompt."""
+
+    first_block: int
+    is_response: np.ndarray
+    """bool [W, B]"""
+    trained: np.ndarray
+    """bool [W, B] response tokens that may be trained."""
+    is_pad: np.ndarray
+    """bool [W, B]"""
+
+    def lay(self, values: np.ndarray, fill: Any) -> np.ndarray:
+        """Per-response-token values [L] -> [W, B], `fill` on prompt positions."""
+        out = np.full(self.is_response.shape, fill, dtype=values.dtype)
+        out[self.is_response] = values
+        return out
+
+
+def lay_out(response: Response, block_size: int) -> Grid:
+    """The blocks that hold response tokens. Raises UserError where prompt and response do not fill whole blocks."""
+    prompt, length = len(response.prompt_ids), len(response.response_ids)
+    if (prompt + length) % block_size:
+        raise UserError(f"a response ends inside a block (prompt {prompt} + response {length} tokens, block size {block_size}): pad it")
+    first = prompt // block_size
+    num_blocks = (prompt + length) // block_size - first
+    position = np.arange(num_blocks * block_size).reshape(num_blocks, block_size) + first * block_size - prompt
+    is_response = position >= 0
+    grid = Grid(first, is_response, is_response & (position < response.num_trained), np.zeros_like(is_response))
+    if response.is_pad is not None:
+        grid.is_pad = grid.lay(response.is_pad, False)
+    return grid
+
+
+def dense_rank(values: np.ndarray) -> np.ndarray:
+    """Rank of each entry among the distinct values of its row, from 0. [W, B] -> [W, B]."""
+    order = np.argsort(values, axis=1, kind="stable")
+    ordered = np.take_along_axis(values, order, axis=1)
+    is_new = np.concatenate([np.zeros((len(values), 1), bool), ordered[:, 1:] != ordered[:, :-1]], axis=1)
+    ranks = np.empty_like(values)
+    np.put_along_axis(ranks, order, is_new.cumsum(axis=1), axis=1)
+    return ranks
+
+
+def collapsed_ranks(steps: np.ndarray, shrink: int) -> np.ndarray:
+    """The distinct steps of each row, sorted and joined `shrink` at a time -> the rank of each token's group, from 0."""
+    return dense_rank(steps) // shrink
+
+
+def limit_pads(predicted: np.ndarray, rank: np.ndarray, is_pad: np.ndarray, post_num: int | None) -> np.ndarray:
+    """Of every row (all slices of one rank, in order of position) train only the first `post_num` pads; None: all of them.
+
+    predicted, is_pad bool [S, B], rank [S]; slices of one rank stand in block order.
+    """
+    if post_num is None or not is_pad.any():
+        return predicted
+    predicted = predicted.copy()
+    for k in np.unique(rank):
+        rows = np.flatnonzero(rank == k)
+        pads = predicted[rows] & is_pad[rows]
+        too_many = pads & (pads.ravel().cumsum().reshape(pads.shape) > post_num)
+        predicted[rows] &= ~too_many
+    return predicted
+
+
+@TRACES.register("trace")
+def trace_slices(response: Response, block_size: int, training: Any, generator: np.random.Generator) -> Trace:
+    """TraceRL (arXiv 2509.06949): along the steps in which the response was unmasked.
+
+    Within a block the distinct steps are sorted and joined `training.shrink` at a time. The slice of (block, k) hides every
+    token of rank >= k and predicts those of rank k: what the model saw, and what it chose, at that step.
+    """
+    if response.step_map is None:
+        raise UserError("training.method: it needs a step map and the data has none: sample one, or choose semi-ar")
+    grid = lay_out(response, block_size)
+    steps = np.where(response.step_map > 0, response.step_map, NEVER).astype(np.int64)
+    # Prompt tokens are step 0, before all others: rank 0 in their block, taken off again.
+    steps = grid.lay(steps, 0)
+    has_prompt = ~grid.is_response.all(axis=1, keepdims=True)
+    distinct = np.where(grid.is_response, dense_rank(steps) - has_prompt, -1)
+    rank = np.where(distinct >= 0, distinct // training.shrink, -1)  # [W, B], -1 = prompt
+    revealed = (steps != NEVER) & grid.is_response
+    num_ranks = int(rank.max()) + 1
+    k = np.arange(num_ranks)[None, :, None]
+    hidden = rank[:, None] >= k  # [W, R, B]
+    predicted = (rank[:, None] == k) & (revealed & grid.trained)[:, None]
+    block = np.broadcast_to(np.arange(len(rank))[:, None], hidden.shape[:2])
+    slice_rank = np.broadcast_to(k[..., 0], hidden.shape[:2])
+    exists = predicted.any(axis=2)
+    hidden, predicted, block, slice_rank = hidden[exists], predicted[exists], block[exists], slice_rank[exists]
+    predicted = limit_pads(predicted, slice_rank, grid.is_pad[block], training.post_num)
+    return Trace(block + grid.first_block, hidden, predicted, slice_rank).nonempty()
+
+
+@TRACES.register("random_mask")
+def random_mask_slices(response: Response, block_size: int, training: Any, generator: np.random.Generator) -> Trace:
+    """Semi-autoregressive masking: in every block a ratio from [lower_p, upper_p] of the response tokens is hidden and predicted.
+
+    `training.mask_times_per_sample` independent masks per response; each is one rank.
+    """
+    grid = lay_out(response, block_size)
+    num_blocks, times = len(grid.is_response), training.mask_times_per_sample
+    ratio = generator.uniform(training.lower_p, training.upper_p, size=(times, num_blocks, 1))
+    hidden = (generator.random((times, num_blocks, block_size)) < ratio) & grid.is_response
+    rank = np.repeat(np.arange(times), num_blocks)
+    block = np.tile(np.arange(num_blocks), times)
+    hidden = hidden.reshape(-1, block_size)
+    predicted = limit_pads(hidden & grid.trained[block], rank, grid.is_pad[block], training.post_num)
+    return Trace(block + grid.first_block, hidden, predicted, rank).nonempty()
