@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import entry_point
-from common.launch import launch_if_needed
+from common.launch import launch, needs_launch
 from common.records import ScoredRollout, write_jsonl
 
 
@@ -26,8 +26,10 @@ from common.records import ScoredRollout, write_jsonl
 def main(argv: list[str] | None = None) -> None:
     from configs.load import load_config
 
-    config = load_config("eval", sys.argv[1:] if argv is None else argv)
-    launch_if_needed(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config = load_config("eval", argv)
+    if needs_launch(config):
+        launch(config, sys.argv[0], argv)
     run(config)
 
 
@@ -39,7 +41,7 @@ def run(config: Any) -> None:
     from models.checkpoint import load_pretrained
     from sample.engine import build_engine
 
-    accelerator = dist.make_accelerator(config)
+    accelerator = dist.make_accelerator(config, trains=False)
     model = load_pretrained(
         config.model.pretrained_model, config.model.model_base, dist.weights_dtype(config), accelerator.device, config.training.seed
     )
@@ -91,15 +93,6 @@ class EvalResult:
         return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "rollouts"}
 
 
-def prompt_builder(config: Any, decoding: Any, model: Any) -> Any:
-    """Tasks -> requests under the model's chat format, prompts longer than `training.max_prompt_len` dropped and counted."""
-    from data.prompts import PromptRenderer
-    from sample.rollout import PromptBuilder
-
-    renderer = PromptRenderer(model.tokenizer, model.family.chat_style, config.dataset.data_type, decoding.start_with_think)
-    return PromptBuilder(renderer, config.training.max_prompt_len, decoding.block_size)
-
-
 class Evaluator:
     """Evaluates the weights that its engine holds, as often as it is called."""
 
@@ -109,7 +102,7 @@ class Evaluator:
 
         self.config, self.model, self.engine, self.accelerator = config, model, engine, accelerator
         self.tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
-        self.scorer = Scorer(config, self.tasks, model.tokenizer)
+        self.scorer = Scorer(config, {task.id: task for task in self.tasks}, model.tokenizer, config.evaluation)
         self.variants = named_variants(config.evaluation)
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
@@ -117,22 +110,18 @@ class Evaluator:
         return [self.evaluate(name, decoding, weights_version) for name, decoding in self.variants.items()]
 
     def evaluate(self, name: str, decoding: Any, weights_version: int) -> EvalResult:
-        from common import dist
         from common.metrics import tokens_per_forward
-        from sample.rollout import check_block_size, sample_on_all_ranks, sampling_settings
+        from reward.scoring import score_on_all_ranks
+        from sample.rollout import PromptBuilder, check_block_size, sample_on_all_ranks, sampling_settings
 
         check_block_size(self.model, decoding.block_size, "evaluation.block_size")
-        builder = prompt_builder(self.config, decoding, self.model)
         k = self.config.evaluation.num_response_per_task
-        requests = builder(self.tasks, k)
+        requests, too_long = PromptBuilder(self.config, decoding, self.model)(self.tasks, k)
         settings = sampling_settings(decoding, self.model, self.config.training.seed)
         start = time.perf_counter()
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.accelerator, weights_version, f"evaluation: {name}")
         seconds = time.perf_counter() - start
-        own = {request.task_id for request in requests[dist.rank() :: dist.world_size()]}
-        scored = dist.gather_objects(self.scorer.score([r for r in rollouts if r.task_id in own]))
-        order = {request.task_id: index for index, request in enumerate(requests)}
-        scored.sort(key=lambda r: (order[r.task_id], r.sample))
+        scored = score_on_all_ranks(self.scorer, rollouts, self.accelerator)
         # A prompt that was too long is a task that was not solved.
         right = {task.id: [] for task in self.tasks}
         for r in scored:
@@ -146,7 +135,7 @@ class Evaluator:
             settings={"pretrained_model": self.config.model.pretrained_model, "seed": self.config.training.seed, **vars(decoding)},
             num_tasks=len(self.tasks),
             num_responses=len(scored),
-            num_prompts_too_long=len(builder.take_dropped()),
+            num_prompts_too_long=len(too_long),
             accuracy=accuracy,
             standard_error=math.sqrt(spread / len(rates)),
             pass_at_k=sum(any(own) for own in right.values()) / len(right),

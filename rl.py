@@ -8,12 +8,13 @@ phase is not done again, one that was cut short begins anew, and on CPU the run 
 
 from __future__ import annotations
 
-import json
+import subprocess
 import sys
-from typing import Any
+from pathlib import Path
+from typing import Any, Callable
 
 from common.errors import entry_point, warn
-from common.launch import launch_if_needed
+from common.launch import already_launched, launch, needs_launch
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
 
 
@@ -21,8 +22,11 @@ from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_js
 def main(argv: list[str] | None = None) -> None:
     from configs.load import load_config
 
-    config = load_config("rl", sys.argv[1:] if argv is None else argv)
-    launch_if_needed(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config = load_config("rl", argv)
+    make_missing_model(config)
+    if needs_launch(config):
+        launch(config, sys.argv[0], argv)
     rl = RLRun(config)
     try:
         for step in range(rl.run.step + 1, config.experiment.total_step + 1):
@@ -35,15 +39,27 @@ def main(argv: list[str] | None = None) -> None:
         rl.close()
 
 
+def make_missing_model(config: Any) -> None:
+    """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there yet."""
+    path = Path(config.model.pretrained_model)
+    if config.model.prepare_config is None or path.exists() or already_launched():
+        return
+    print(f"{path} is not there yet: making it with {config.model.prepare_config}", flush=True)
+    script = Path(__file__).resolve().parent / "train" / "sft_sdar.py"
+    code = subprocess.run([sys.executable, str(script), f"config={config.model.prepare_config}"]).returncode
+    if code:
+        sys.exit(code)
+
+
 class RLRun:
     """The stages of an RL step, wired together. Torch is imported here, behind the checks of the config."""
 
     def __init__(self, config: Any) -> None:
         from data.tasks import TaskCursor, load_tasks
-        from eval import Evaluator, prompt_builder
+        from eval import Evaluator
         from reward.scoring import Scorer
         from sample.engine import build_engine
-        from sample.rollout import check_block_size, sampling_settings
+        from sample.rollout import PromptBuilder, check_block_size
         from train.rl import PolicyUpdate
         from train.run import Run
 
@@ -53,9 +69,8 @@ class RLRun:
         model = self.run.model
         check_block_size(model, config.rollout.block_size, "rollout.block_size")
         self.engine = build_engine(model.decoder, model.family, max_active=config.rollout.max_active)
-        self.settings = sampling_settings(config.rollout, model, config.training.seed)
-        self.prompts = prompt_builder(config, config.rollout, model)
-        self.scorer = Scorer(config, tasks, model.tokenizer)
+        self.prompts = PromptBuilder(config, config.rollout, model)
+        self.scorer = Scorer(config, {task.id: task for task in tasks}, model.tokenizer)
         self.cursor = TaskCursor(tasks, config.training.seed)
         reference = self.run.load_model() if config.training.kl_to == "reference" and config.training.beta else None
         self.policy_update = PolicyUpdate(self.run.trainer, config, config.training.block_size, reference)
@@ -70,70 +85,66 @@ class RLRun:
     # -- rollout and reward
 
     def collect(self, step: int) -> list[ScoredRollout]:
-        """The scored rollouts of a step, the same list on every rank; read from the run directory where they are finished."""
-        from common import dist
+        """The scored rollouts of a step, the same list on every rank; where they are finished, the file says what they are.
+
+        Rounds of sampling and scoring: one, or with `rollout.resample` until enough groups are kept. A finished step goes through
+        the same rounds without sampling, so the cursor ends where it ended.
+        """
         from common.metrics import rollout_metrics
 
-        file = self.run.directory.rollout_file(step)
-        notes = file.with_suffix(".json")  # where the cursor stood behind this step
-        if dist.broadcast_object(file.is_file() and notes.is_file()):
-            scored, cursor = dist.broadcast_object((read_rollouts(file), json.loads(notes.read_text())) if self.run.is_main else None)
-            self.cursor.restore(cursor)
-        else:
-            scored = self.sample_and_score(step)
-            if self.run.is_main:
-                notes.parent.mkdir(exist_ok=True)
-                write_jsonl(notes, [self.cursor.state()])
-                write_jsonl(file, scored)
-                for leftover in self.run.directory.rollouts.glob(f"step_{step:06d}.round_*.jsonl"):
-                    leftover.unlink()
-        self.step_metrics = rollout_metrics(scored)
-        return scored
-
-    def sample_and_score(self, step: int) -> list[ScoredRollout]:
-        """Rounds of sampling and scoring: one, or with `rollout.resample` until enough groups are kept."""
-        rollout, scored = self.config.rollout, []
-        missing = rollout.num_task_per_step
+        rollout, file = self.config.rollout, self.run.directory.rollout_file(step)
+        finished = self.from_main(lambda: read_rollouts(file) if file.is_file() else None)
+        scored: list[ScoredRollout] = []
         for round_ in range(1 + (rollout.resample_max_rounds if rollout.resample else 0)):
-            tasks = self.cursor.take(missing)
+            missing = rollout.num_task_per_step - len({r.task_id for r in scored if r.dropped is None})
+            tasks = self.cursor.take(missing, exclude={r.task_id for r in scored}) if missing else []
+            if not tasks:
+                break
+            if finished is not None:
+                names = {task.id for task in tasks}
+                scored += [r for r in finished if r.task_id in names]
+                continue
             with self.run.phase("rollout"):
                 rollouts = self.sample(tasks, step, round_)
             with self.run.phase("reward"):
                 scored += self.score(rollouts, tasks)
-            kept = {r.task_id for r in scored if r.dropped is None}
-            missing = rollout.num_task_per_step - len(kept)
-            if missing <= 0:
-                break
+        if finished is None and self.run.is_main:
+            write_jsonl(file, scored)
+            for round_file in self.run.directory.rollouts.glob(f"step_{step:06d}.round_*.jsonl"):
+                round_file.unlink()
+        self.step_metrics = rollout_metrics(scored)
         return scored
+
+    def from_main(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns on the main process, on every rank: the run directory need not be shared."""
+        from common import dist
+
+        return dist.broadcast_object(self.run.accelerator, read() if self.run.is_main else None)
 
     def sample(self, tasks: list[Task], step: int, round_: int) -> list[Rollout]:
         """One round of responses; a finished one is read back."""
-        from common import dist
-        from sample.rollout import sample_on_all_ranks
+        from sample.rollout import sample_on_all_ranks, sampling_settings
 
         file = self.run.directory.round_file(step, round_)
-        requests = self.prompts(tasks, self.config.rollout.num_response_per_task)
-        if dist.broadcast_object(file.is_file()):
-            return dist.broadcast_object(read_rollouts(file, scored=False) if self.run.is_main else None)
-        # A task comes again in later epochs: its noise must be new, so the step is part of the seed.
-        settings = self.settings.with_seed(self.config.training.seed, step)
-        rollouts = sample_on_all_ranks(
-            self.engine, requests, settings, self.run.accelerator, self.run.trainer.num_steps, f"step {step}: rollout"
-        )
+        finished = self.from_main(lambda: read_rollouts(file, scored=False) if file.is_file() else None)
+        if finished is not None:
+            return finished
+        requests, _ = self.prompts(tasks, self.config.rollout.num_response_per_task)
+        settings = sampling_settings(self.config.rollout, self.run.model, self.config.training.seed, step)
+        version, title = self.run.trainer.num_steps, f"step {step}: rollout"
+        rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title)
         if self.run.is_main:
             write_jsonl(file, rollouts)
         return rollouts
 
     def score(self, rollouts: list[Rollout], tasks: list[Task]) -> list[ScoredRollout]:
-        """Every rank scores the tasks that it sampled; tasks whose prompt was too long appear as dropped."""
-        from common import dist
+        """All responses of `tasks`, scored; a task whose prompt was too long has one record, without a response."""
+        from reward.scoring import score_on_all_ranks
+        from sample.rollout import prompt_too_long
 
-        rank, num_ranks = dist.rank(), dist.world_size()
-        own_tasks = {task.id for task in tasks[rank::num_ranks]}
-        scored = dist.gather_objects(self.scorer.score([r for r in rollouts if r.task_id in own_tasks]))
-        place = {task.id: index for index, task in enumerate(tasks)}
-        scored.sort(key=lambda r: (place[r.task_id], r.sample))
-        return scored + self.prompts.take_dropped()
+        scored = score_on_all_ranks(self.scorer, rollouts, self.run.accelerator)
+        answered = {r.task_id for r in scored}
+        return scored + [prompt_too_long(task, self.config.rollout.block_size) for task in tasks if task.id not in answered]
 
     # -- update, evaluation
 

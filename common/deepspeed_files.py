@@ -48,7 +48,8 @@ def read_deepspeed_file(name: str) -> DeepSpeedFile:
     if path is None:
         names = deepspeed_file_names()
         raise UserError(
-            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/{did_you_mean(name, names)}; there are: {', '.join(names)}"
+            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/{did_you_mean(name, names)}; "
+            f"there are: {', '.join(names)}"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
@@ -57,7 +58,8 @@ def read_deepspeed_file(name: str) -> DeepSpeedFile:
     settings = content.get("deepspeed_config") if isinstance(content, dict) else None
     if not isinstance(settings, dict) or settings.get("zero_stage") not in ZERO_STAGES:
         raise UserError(
-            f"experiment.deepspeed_file: {path} has no deepspeed_config with zero_stage 1, 2 or 3; see accelerate_configs/ for examples"
+            f"experiment.deepspeed_file: {path} has no deepspeed_config with zero_stage 1, 2 or 3; "
+            "see accelerate_configs/ for examples"
         )
     return DeepSpeedFile(
         path=path,

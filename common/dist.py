@@ -50,27 +50,30 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 
 
 def weights_dtype(config: Config) -> torch.dtype:
-    """The precision of the weights, in trainer and engine alike: `model.dtype`, which `training.mixed_precision` decides if auto."""
+    """The precision of the weights, in trainer and engine alike: `model.dtype`; if auto, `training.mixed_precision` decides."""
     name = config.model.dtype
     if name == "auto":
         name = "bfloat16" if config.training.mixed_precision == "bf16" else "float32"
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
-def make_accelerator(config: Config) -> Accelerator:
+def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     """The accelerator of this process: plain, DDP, or DeepSpeed ZeRO-1/2/3; CPU (gloo) or GPU (nccl); launched or alone.
 
-    DeepSpeed is used where `accelerate launch` was told so (its file wins) or `experiment.deepspeed_file` names a file. Nothing is
-    ever autocast: the model runs in the precision of its weights, as it does while sampling. DeepSpeed keeps float32 master copies
-    of bfloat16 weights itself; elsewhere the optimizer must (train/optim.py).
+    DeepSpeed is used where `accelerate launch` was told so (its file wins), else where `experiment.deepspeed_file` names a file,
+    else, as ZeRO-1, to train bfloat16 weights: without its float32 master copies, updates smaller than 1/256 of a weight are lost.
+    A job that does not train (`trains` False) has none. Nothing is ever autocast: the model runs in the precision of its weights,
+    as it does while sampling.
 
     To be prepared with it: one model whose forward does all that is computed with the weights, the head's chunks too (under ZeRO-3
     they are whole only while their module runs), and its optimizer.
     """
-    plugin = _deepspeed_plugin(config)
+    plugin = _deepspeed_plugin(config) if trains else None
     on_cpu = not torch.cuda.is_available() or _asked_for_cpu()
     if plugin is not None:
         _prepare_environment_for_deepspeed(on_cpu)
+    else:
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # by `accelerate launch`, for a job that does not train
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     # Naming a backend where there is no process group makes accelerate ask for the group's size.
     backend = None if "LOCAL_RANK" not in os.environ else "gloo" if on_cpu else "nccl"
@@ -106,12 +109,13 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         # The stage and the offloading come from the environment of `accelerate launch`.
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=clipping, zero3_save_16bit_model=True)
-    elif config.experiment.deepspeed_file is not None:
-        file = read_deepspeed_file(config.experiment.deepspeed_file)
+    elif config.experiment.deepspeed_file is not None or weights_dtype(config) == torch.bfloat16:
+        name = config.experiment.deepspeed_file
+        file = read_deepspeed_file(name) if name is not None else None
         plugin = DeepSpeedPlugin(
-            zero_stage=file.zero_stage,
-            offload_optimizer_device=file.offload_optimizer,
-            offload_param_device=file.offload_param,
+            zero_stage=file.zero_stage if file else 1,
+            offload_optimizer_device=file.offload_optimizer if file else "none",
+            offload_param_device=file.offload_param if file else "none",
             gradient_accumulation_steps=1,
             gradient_clipping=clipping,
             zero3_init_flag=False,
@@ -194,16 +198,12 @@ def full_gradients(accelerator: Accelerator, model: torch.nn.Module) -> Iterator
             yield name, parameter.grad
 
 
-def optimizer_step(
-    accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, max_grad_norm: float | None, index: int = 0, count: int = 1
-) -> float | None:
+def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, max_grad_norm: float | None) -> float:
     """Clip, step, and forget the gradients; returns the norm of the whole summed gradient before clipping.
 
-    Called once, after the last backward, or after each with its `index` and `count`: then the others return None and do nothing.
-    `max_grad_norm` None or 0: no clipping. Under DeepSpeed it must be `training.max_grad_norm`, which its engine was built with.
+    Called once, after the last backward. `max_grad_norm` None or 0: no clipping. Under DeepSpeed it must be
+    `training.max_grad_norm`, which its engine was built with.
     """
-    if index < count - 1:
-        return None
     if uses_deepspeed(accelerator):
         assert model.gradient_clipping() == (max_grad_norm or 0.0), "DeepSpeed's engine was built with another max_grad_norm"
         assert model.is_gradient_accumulation_boundary(), "the last backward of the step was not run inside accumulate"

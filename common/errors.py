@@ -17,18 +17,18 @@ class UserError(ValueError):
     """A mistake that the user can mend: what is wrong, what was got, what to do, in one line."""
 
 
-def leave_cause(cause: str) -> bool:
-    """Leave `cause` for the launcher of this rank; False where no launcher of ours waits for it."""
+def leave_cause(cause: str, exit_code: int = 1) -> bool:
+    """Leave `cause` and the exit code to end with for the launcher of this rank; False where none of ours waits for it."""
     path = os.environ.get(ERROR_FILE)
     if path is None:
         return False
-    Path(path).write_text(cause, encoding="utf-8")
+    Path(path).write_text(f"{exit_code} {cause}", encoding="utf-8")
     return True
 
 
 def fail(error: UserError) -> NoReturn:
     """Print the one line of `error` (a rank: have the launcher print it) and leave with exit code 2."""
-    if not leave_cause(f"error: {error}"):
+    if not leave_cause(f"error: {error}", exit_code=2):
         print(f"error: {error}", file=sys.stderr, flush=True)
     sys.exit(2)
 
@@ -48,7 +48,9 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             fail(error)
         except KeyboardInterrupt:
-            print("interrupted; start the same command again to go on", file=sys.stderr, flush=True)
+            line = "interrupted; start the same command again to go on"
+            if not leave_cause(line, exit_code=130):
+                print(line, file=sys.stderr, flush=True)
             sys.exit(130)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):

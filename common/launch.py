@@ -70,7 +70,9 @@ def processes_on_this_machine(config: Config) -> int:
         if asked < 1:
             raise UserError(f"experiment.num_processes: got {asked}, must be at least 1 (or null: one per GPU)")
         if 0 < visible < asked:
-            raise UserError(f"experiment.num_processes: {asked} processes asked for, but {visible} GPUs are visible; set it to {visible} or less")
+            raise UserError(
+                f"experiment.num_processes: {asked} processes asked for, but {visible} GPUs are visible: set {visible} or less"
+            )
         return asked
     if config.experiment.deepspeed_file is None:
         return max(1, visible)
@@ -241,13 +243,16 @@ class _Ranks:
             self.failed = self._culprit([rank for rank, code in enumerate(codes) if code != 0])
         if self.failed is None:
             return 0
-        code, file = codes[self.failed], self._cause_file(self.failed)
-        cause = file.read_text(encoding="utf-8") if file.exists() else None
-        if code == 2 and cause is not None:
-            print(cause, file=sys.stderr, flush=True)
-        elif not self.interrupted:
+        file = self._cause_file(self.failed)
+        left, _, cause = file.read_text(encoding="utf-8").partition(" ") if file.exists() else ("", "", "")
+        if left:  # however the rank was ended then: this is what it wanted to end with
+            is_whole_line = int(left) in (2, 130)  # common/errors.py: a user's mistake, Ctrl-C
+            line = cause if is_whole_line else f"error: process {self.failed} of {len(codes)} failed: {cause}"
+            print(line, file=sys.stderr, flush=True)
+            return int(left)
+        code = codes[self.failed]
+        if not self.interrupted:
             how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
             hint = " (out of memory? see dmesg)" if code == -signal.SIGKILL else ""
-            why = f": {cause}" if cause is not None else hint
-            print(f"error: process {self.failed} of {len(codes)} {how}{why}", file=sys.stderr, flush=True)
+            print(f"error: process {self.failed} of {len(codes)} {how}{hint}", file=sys.stderr, flush=True)
         return 128 - code if code < 0 else code

@@ -27,33 +27,62 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "above 0",
         lambda x: x > 0,
-        "experiment.total_step experiment.save_every experiment.eval_every experiment.save_state_every experiment.train_value_every "
-        "experiment.current_epoch experiment.num_node experiment.num_processes model.image_resolution rollout.num_task_per_step "
-        "rollout.num_response_per_task rollout.resample_max_rounds evaluation.num_response_per_task execute.num_chunk "
-        "rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len "
-        "rollout.reward_model.max_generation_token reward.num_workers reward.timeout_seconds training.shrink training.block_size "
-        "training.mask_times_per_sample training.max_gen_length training.max_prompt_len training.eps training.eps_high "
-        "training.importance_cap training.num_updates_per_step training.num_train_epochs training.batch_size_lm "
-        "training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk training.max_grad_norm "
-        "training.max_steps training.batch_size training.eval_every optimizer.params.epsilon "
+        """
+        experiment.total_step experiment.save_every experiment.eval_every experiment.save_state_every
+        experiment.train_value_every experiment.current_epoch experiment.num_node experiment.num_processes
+        model.image_resolution
+        rollout.num_task_per_step rollout.num_response_per_task rollout.resample_max_rounds
+        rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len
+        rollout.reward_model.max_generation_token
+        evaluation.num_response_per_task
+        execute.num_chunk
+        reward.num_workers reward.timeout_seconds
+        training.shrink training.block_size training.mask_times_per_sample training.max_gen_length training.max_prompt_len
+        training.eps training.eps_high training.importance_cap training.num_updates_per_step training.num_train_epochs
+        training.batch_size_lm training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk
+        training.max_grad_norm training.max_steps training.batch_size training.eval_every
+        optimizer.params.epsilon
+        """
         + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active further_horizon"),
     ),
     (
         "0 or more",
         lambda x: x >= 0,
-        "experiment.node_index rollout.reward_model.temperature reward.overlong_margin training.post_num training.beta training.seed "
-        "optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate "
-        "optimizer.params.weight_decay lr_scheduler.params.warmup_steps "
+        """
+        experiment.node_index
+        rollout.reward_model.temperature
+        reward.overlong_margin
+        training.post_num training.beta training.seed
+        optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
+        optimizer.params.weight_decay
+        lr_scheduler.params.learning_rate lr_scheduler.params.warmup_steps
+        """
         + _of_decoding("temperature top_k entropy_bound alg_temp pad_target_penalty"),
     ),
-    ("above 0 and at most 1", lambda x: 0 < x <= 1, "training.stop_at_solve_rate " + _of_decoding("top_p")),
+    (
+        "above 0 and at most 1",
+        lambda x: 0 < x <= 1,
+        """
+        training.stop_at_solve_rate
+        """
+        + _of_decoding("top_p"),
+    ),
     (
         "from 0 to 1",
         lambda x: 0 <= x <= 1,
-        "training.lower_p training.upper_p training.gam training.lam lr_scheduler.params.min_lr_scale "
+        """
+        training.lower_p training.upper_p training.gam training.lam
+        lr_scheduler.params.min_lr_scale
+        """
         + _of_decoding("dynamic_threshold"),
     ),
-    ("from 0 to below 1", lambda x: 0 <= x < 1, "optimizer.params.beta1 optimizer.params.beta2"),
+    (
+        "from 0 to below 1",
+        lambda x: 0 <= x < 1,
+        """
+        optimizer.params.beta1 optimizer.params.beta2
+        """,
+    ),
 ]
 """(what is meant, the test, the settings). Nulls pass; of a list every item is tested."""
 
@@ -116,7 +145,8 @@ def _check_registries(config: Config, job: str) -> None:
         if stage != job:
             fitting = [name for name in METHODS if METHODS.get(name).stage == job]
             raise UserError(
-                f"training.method: got {config.training.method!r}, which is a method of {stage}, must be one of {', '.join(fitting)}"
+                f"training.method: got {config.training.method!r}, which is a method of {stage}, "
+                f"must be one of {', '.join(fitting)}"
             )
 
 
@@ -185,7 +215,8 @@ def _check_training(config: Config) -> None:
     peak, again = config.optimizer.params.policy_learning_rate, config.lr_scheduler.params.learning_rate
     if again not in (peak, config.optimizer.params.learning_rate):
         raise UserError(
-            f"lr_scheduler.params.learning_rate: got {again}, but optimizer.params says {peak}: they are one setting, set the latter"
+            f"lr_scheduler.params.learning_rate: got {again}, but optimizer.params says {peak}: they are one setting, "
+            "set the latter"
         )
     if config.model.value_base_model is None and config.optimizer.params.learning_rate != peak:
         raise UserError(
@@ -200,12 +231,13 @@ def _check_rl(config: Config) -> None:
         raise UserError("dataset.eval_dataset: is missing: name the tasks to evaluate on, or set evaluation.if_eval=false")
     if config.reward.overlong_margin >= r.max_token:
         raise UserError(
-            f"reward.overlong_margin: got {config.reward.overlong_margin}, must be below rollout.max_token, which is {r.max_token}: "
-            "every response would count as over-long"
+            f"reward.overlong_margin: got {config.reward.overlong_margin}, must be below rollout.max_token, "
+            f"which is {r.max_token}: every response would count as over-long"
         )
     if r.num_response_per_task == 1 and m.value_base_model is None:
         raise UserError(
-            "rollout.num_response_per_task: got 1, must be at least 2 without a value model: advantages compare the responses of a task"
+            "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
+            "advantages compare the responses of a task"
         )
     if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and m.value_base_model is None:
         greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"

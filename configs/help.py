@@ -38,7 +38,7 @@ def settings() -> list[tuple[str, str, list[Setting]]]:
         for base in classes[name].bases:
             found.update(fields(base.id))
         body = classes[name].body
-        for node, below in zip(body, [*body[1:], None]):
+        for node, below in zip(body, [*body[1:], None], strict=True):
             if isinstance(node, ast.AnnAssign):
                 documented = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
                 found[node.target.id] = (node, " ".join(below.value.value.split()) if documented else "")

@@ -52,6 +52,8 @@ class Model:
 
     pretrained_model: str | None = None
     """Directory in Hugging Face format or hub name (required). Evaluation files may call it `model`."""
+    prepare_config: str | None = None
+    """RL: a finetuning config that is run first where pretrained_model does not exist yet."""
     model_base: str | None = None
     """The family, a name in models/registry.py: sdar, trado, ... (required). Evaluation files may have it at the top level."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -224,8 +226,8 @@ class Training:
     objective: str | None = None
     """What is minimised; null: the method's own objective."""
     loss_weighting: Literal["reference", "step", "response", "token", "constant"] = "reference"
-    """Weights of the trained tokens. reference: as the reference's rows amount to; step: 1/(tokens of the denoising step), per
-    response; response: mean over responses of the mean over tokens; token: mean over tokens; constant: 1/(responses * max_gen_length)."""
+    """Weights of the trained tokens. reference: as its rows amount to; step: 1/(tokens of the denoising step), per response;
+    response: mean over responses of the mean over tokens; token: mean over tokens; constant: 1/(responses * max_gen_length)."""
     shrink: int = 1
     """Denoising steps that are joined to one."""
     block_size: int | None = None

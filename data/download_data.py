@@ -17,7 +17,10 @@ if __name__ == "__main__":
 
 import argparse
 import os
+import socket
 import tempfile
+import urllib.parse
+import urllib.request
 from dataclasses import dataclass
 
 from common.errors import UserError, entry_point
@@ -61,6 +64,23 @@ def check_file(path: Path, kind: str) -> int:
     return len(read_records(path))
 
 
+def _host_is_known(endpoint: str) -> bool:
+    """False where the name of the hub's host resolves to nothing: the hub's own client would try for half a minute."""
+    if urllib.request.getproxies():
+        return True  # then the proxy resolves names
+    host = urllib.parse.urlsplit(endpoint).hostname
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
+
+
+def _is_transport_error(error: Exception) -> bool:
+    """Whether the hub's HTTP client failed below HTTP; which library that is depends on the hub's version."""
+    return type(error).__module__.split(".")[0] in ("httpx", "httpx2", "requests", "urllib3")
+
+
 def download(name: str, folder: Path = DATA_DIR, force: bool = False) -> str:
     """Fetch a data set to folder/NAME.json, checked before it takes that name; a line that says what was done.
 
@@ -72,22 +92,33 @@ def download(name: str, folder: Path = DATA_DIR, force: bool = False) -> str:
     if target.exists() and not force:
         return f"{target}: there already ({check_file(target, dataset.kind)} records); --force downloads it again"
 
-    from huggingface_hub import hf_hub_download
+    from huggingface_hub import constants, hf_hub_download, logging
     from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    logging.set_verbosity(logging.CRITICAL)  # what fails is told below, in one line
 
     repo, file = f"{OWNER}/{name}", f"{dataset.split}/{name}.json"
     by_hand = f"put {file} of the hub's dataset {repo} at {target} by hand"
+    unreachable = UserError(f"{name}: {constants.ENDPOINT} cannot be reached; {by_hand} (or set HF_ENDPOINT to a mirror)")
+    if not _host_is_known(constants.ENDPOINT):
+        raise unreachable
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=folder) as partial:  # beside its target: a rename crosses no disk
         try:
             got = Path(hf_hub_download(repo, file, repo_type="dataset", local_dir=partial))
         except (LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise UserError(f"{name}: the hub cannot be reached; {by_hand} (or set HF_ENDPOINT to a mirror)") from error
+            raise unreachable from error
         except EntryNotFoundError as error:
             raise UserError(f"{name}: {repo} has no file {file}; look for it on the hub and put it at {target}") from error
         except HfHubHTTPError as error:
             status = getattr(error.response, "status_code", "?")
             raise UserError(f"{name}: the hub answered {status} for {repo}; {by_hand} (HF_TOKEN, where it asks for one)") from error
+        except OSError as error:
+            raise UserError(f"{name}: cannot write below {folder}: {error}") from error
+        except Exception as error:
+            if not _is_transport_error(error):
+                raise
+            raise unreachable from error
         try:
             num_records = check_file(got, dataset.kind)
         except UserError as error:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Sequence
 
 from data.instructions import math_turn
-from reward.math_text import last_boxed, normalise, quick_verdict
+from reward.math_text import last_boxed, quick_verdict
 from reward.registry import TEXT, TEXT_OR_NUMBER, Progress, ResponseToScore, Reward, Score
 from reward.worker_pool import WorkerPool
 
@@ -33,7 +33,7 @@ class MathChecker:
         open_pairs = []
         for pair in unique:
             if max(map(len, pair)) > LONGEST_ANSWER:
-                verdicts[pair] = Verdict(normalise(pair[0]) == normalise(pair[1]), "answer too long to be parsed")
+                verdicts[pair] = Verdict(pair[0].strip() == pair[1].strip(), "answer too long to be parsed")
             elif (equal := quick_verdict(*pair)) is not None:
                 verdicts[pair] = Verdict(equal)
             else:

@@ -12,21 +12,20 @@ from fractions import Fraction
 # ---- the last box ------------------------------------------------------------------------------------------------------
 
 _BOX = re.compile(r"\\(?:boxed|fbox)(?![a-zA-Z])\s*")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _BARE = re.compile(r"[^\s{}$]+")
 
 
-def matching_brace(text: str, start: int) -> int | None:
-    """Position of the brace that closes the one at `start`, or None. A backslash escapes what follows, as in TeX."""
-    depth, n = 0, start
-    while n < len(text):
-        if text[n] == "\\":
-            n += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[n], 0)
-        if depth == 0:
-            return n
-        n += 1
-    return None
+def matching_braces(text: str) -> dict[int, int]:
+    """Position of each `{` that is closed -> position of its `}`, in one pass. A backslash escapes what follows, as in TeX."""
+    pairs: dict[int, int] = {}
+    is_open: list[int] = []
+    for match in _BRACE.finditer(text):
+        if match.group() == "{":
+            is_open.append(match.start())
+        elif match.group() == "}" and is_open:
+            pairs[is_open.pop()] = match.start()
+    return pairs
 
 
 def last_boxed(text: str) -> str | None:
@@ -34,13 +33,13 @@ def last_boxed(text: str) -> str | None:
 
     Of nested boxes the inner one counts; a box that is never closed (a response cut off inside it) does not.
     """
-    for match in reversed(list(_BOX.finditer(text))):
+    boxes = list(_BOX.finditer(text))
+    pairs = matching_braces(text) if boxes else {}
+    for match in reversed(boxes):
         start = match.end()
-        if text[start : start + 1] == "{":
-            end = matching_brace(text, start)
-            if end is not None:
-                return text[start + 1 : end]
-        elif bare := _BARE.match(text, start):
+        if start in pairs:
+            return text[start + 1 : pairs[start]]
+        if bare := _BARE.match(text, start):
             return bare.group().rstrip(".,;:!?)")
     return None
 
@@ -70,7 +69,7 @@ def _strip_delimiters(text: str) -> str:
                 if left not in inside:
                     text = inside.strip()
         if match := _BOX.match(text):
-            if text[match.end() : match.end() + 1] == "{" and matching_brace(text, match.end()) == len(text) - 1:
+            if matching_braces(text).get(match.end()) == len(text) - 1:
                 text = text[match.end() + 1 : -1]
         if text == before:
             return text

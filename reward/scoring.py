@@ -85,3 +85,14 @@ class Scorer:
             )
             for rollout, score, advantage, reason in zip(rollouts, scores, advantages, dropped)
         ]
+
+
+def score_on_all_ranks(scorer: Scorer, rollouts: Sequence[Rollout], accelerator: Any) -> list[ScoredRollout]:
+    """`scorer.score` of rollouts that every rank holds (the same list): whole groups are dealt out, all ranks get all, in order."""
+    from common import dist
+
+    task_ids = list(dict.fromkeys(r.task_id for r in rollouts))
+    own_tasks = set(task_ids[accelerator.process_index :: accelerator.num_processes])
+    own = scorer.score([r for r in rollouts if r.task_id in own_tasks])
+    scored = {(r.task_id, r.sample): r for share in dist.gather_objects(accelerator, own) for r in share}
+    return [scored[r.task_id, r.sample] for r in rollouts]

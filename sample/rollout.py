@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable
+from typing import Any
 
 from common import dist
 from common.errors import UserError
-from common.records import Rollout, Task
+from common.records import Rollout, ScoredRollout, Task
+from data.prompts import build_prompt
 from models.checkpoint import Pretrained
-from sample.engine import Request, SamplingSettings
+from reward.registry import REWARDS
+from sample.engine import Request, SamplingSettings, progress_bar
 
 
 def stop_ids(model: Pretrained, stop_tokens: list[str]) -> list[int]:
     """Ids that end a response: the checkpoint's own and `rollout.stop_token_list`. Raises UserError for an unknown token."""
     ids = set(model.eos_ids)
+    vocabulary = model.tokenizer.get_vocab()
     for token in stop_tokens:
-        found = model.tokenizer.convert_tokens_to_ids(token)
-        if found is None or found == model.tokenizer.unk_token_id:
-            raise UserError(f"rollout.stop_token_list: {token!r} is not a token of this model: name one of its special tokens")
-        ids.add(found)
+        if token not in vocabulary:
+            raise UserError(f"rollout.stop_token_list: {token!r} is no single token of this model: name one of its special tokens")
+        ids.add(vocabulary[token])
     return sorted(ids - {model.mask_id})
 
 
@@ -26,25 +28,60 @@ def check_block_size(model: Pretrained, block_size: int, setting: str) -> None:
     """A checkpoint that says its block size must be run at it (block models). Raises UserError."""
     trained = model.family.config_block_size(model.config)
     if model.family.attention == "block" and trained is not None and trained != block_size:
-        raise UserError(f"{setting}: {block_size}, but the checkpoint was trained at block size {trained}: set it to {trained}")
+        raise UserError(f"{setting}: got {block_size}, but the checkpoint's config.json says block_size {trained}: set it to {trained}")
+
+
+def sampling_settings(decoding: Any, model: Pretrained, seed: int, step: int = 0) -> SamplingSettings:
+    """A `rollout` or evaluation section of the config, with what the model adds to it.
+
+    A task comes again in later epochs and its noise must be new then: `step`, the RL step, is mixed into the seed.
+    """
+    return SamplingSettings.from_decoding(
+        decoding,
+        mask_id=model.mask_id,
+        stop_ids=stop_ids(model, decoding.stop_token_list),
+        forbidden_ids=model.forbidden_ids,
+        seed=seed + 1_000_003 * step,
+    )
 
 
 class PromptBuilder:
-    """Tasks -> requests: renders prompts, drops those longer than `max_length` and remembers which."""
+    """Tasks -> requests, in the model's chat format and with the instruction of the data type's reward."""
 
-    def __init__(self, render: Callable[[Task], list[int]], max_length: int | None) -> None:
-        self.render, self.max_length = render, max_length
-        self.dropped: list[str] = []
+    def __init__(self, config: Any, decoding: Any, model: Pretrained) -> None:
+        self.reward = REWARDS.get(config.dataset.data_type, "dataset.data_type")
+        self.tokenizer, self.chat_style = model.tokenizer, model.family.chat_style
+        self.start_with_think, self.max_length = decoding.start_with_think, config.training.max_prompt_len
 
-    def __call__(self, tasks: list[Task], num_samples: int) -> list[Request]:
-        requests = []
+    def __call__(self, tasks: list[Task], num_samples: int) -> tuple[list[Request], list[Task]]:
+        """The requests, and the tasks whose prompt is longer than `training.max_prompt_len`: those are not sampled."""
+        requests, too_long = [], []
         for task in tasks:
-            prompt_ids = self.render(task)
-            if self.max_length is not None and len(prompt_ids) > self.max_length:
-                self.dropped.append(task.id)
-                continue
-            requests.append(Request(task.id, prompt_ids, num_samples))
-        return requests
+            prompt_ids = build_prompt(task, self.reward, self.chat_style, self.tokenizer, start_with_think=self.start_with_think)
+            if len(prompt_ids) > self.max_length:
+                too_long.append(task)
+            else:
+                requests.append(Request(task.id, prompt_ids, num_samples))
+        return requests, too_long
+
+
+def prompt_too_long(task: Task, block_size: int) -> ScoredRollout:
+    """The record of a task that was not sampled: it counts among the dropped."""
+    return ScoredRollout(
+        task_id=task.id,
+        sample=0,
+        prompt_ids=[],
+        response_ids=[],
+        step_map=[],
+        logprobs=[],
+        entropy=[],
+        num_response=0,
+        finish="length",
+        num_forwards=0,
+        weights_version=0,
+        block_size=block_size,
+        dropped="prompt too long",
+    )
 
 
 def sample_on_all_ranks(
@@ -53,13 +90,15 @@ def sample_on_all_ranks(
     settings: SamplingSettings,
     accelerator: Any,
     weights_version: int,
-    progress: Callable[..., None] | None = None,
+    title: str,
 ) -> list[Rollout]:
     """Every rank samples its share (requests dealt out by index); all get all rollouts, in request and sample order.
 
-    What a sequence draws depends on its task, sample and the seed alone, so the number of ranks changes nothing.
+    What a sequence draws depends on its task, its sample and the seed alone, so the number of ranks changes nothing. `title` heads
+    the main process's progress bar.
     """
     own = requests[accelerator.process_index :: accelerator.num_processes]
-    rollouts = engine.generate(own, settings, weights_version=weights_version, progress=progress)
-    by_task = {(r.task_id, r.sample): r for r in dist.gather_objects(rollouts)}
+    with progress_bar(sum(request.num_samples for request in own), title, accelerator.is_main_process) as progress:
+        rollouts = engine.generate(own, settings, weights_version, progress)
+    by_task = {(r.task_id, r.sample): r for share in dist.gather_objects(accelerator, rollouts) for r in share}
     return [by_task[request.task_id, sample] for request in requests for sample in range(request.num_samples)]

@@ -61,7 +61,7 @@ class Trainer:
         model.decoder.gradient_checkpointing = config.training.gradient_checkpointing_enable
         policy = self.build_policy(model, temperature)
         self.optimizer = build_optimizer(policy, config)
-        self.policy, self.wrapped_optimizer = dist.prepare(accelerator, policy, self.optimizer)
+        self.policy, self.wrapped_optimizer = accelerator.prepare(policy, self.optimizer)
         self.num_steps = 0
         """Optimizer steps taken: the version of the weights."""
 
@@ -112,7 +112,7 @@ class Trainer:
             totals.add(output, x, entropy, pack)
         norm = dist.optimizer_step(self.accelerator, self.policy, self.wrapped_optimizer, self.config.training.max_grad_norm)
         self.num_steps += 1
-        return totals.reduce(norm, rate)
+        return totals.reduce(self.accelerator, norm, rate)
 
     def learning_rate(self, progress: float) -> float:
         scheduler = self.config.lr_scheduler
@@ -180,11 +180,11 @@ class Totals:
             for name, value in sums.items():
                 self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
-    def reduce(self, gradient_norm: float, learning_rate: float) -> StepResult:
+    def reduce(self, accelerator: Any, gradient_norm: float, learning_rate: float) -> StepResult:
         own = ({k: float(v) for k, v in self.sums.items()}, {k: float(v) for k, v in self.extremes.items()})
         sums: dict[str, float] = {}
         extremes: dict[str, float] = {}
-        for rank_sums, rank_extremes in dist.gather_objects([own]):
+        for rank_sums, rank_extremes in dist.gather_objects(accelerator, own):
             for name, value in rank_sums.items():
                 sums[name] = sums.get(name, 0.0) + value
             for name, value in rank_extremes.items():

@@ -31,13 +31,13 @@ class Run:
         self.is_main = self.accelerator.is_main_process
         set_numerics(config, self.accelerator.device)
         self.directory = RunDir(config.experiment.project)
-        with dist.main_first():
+        with dist.main_first(self.accelerator):
             if self.is_main:
                 self.directory.open(config, config.experiment.start_from_scratch)
         self.model = self.load_model()
         self.trainer = Trainer(self.model, config, self.accelerator, temperature)
         self.metrics = MetricsLog(self.directory.path, config, self.is_main)
-        self.watch = dist.Stopwatch(self.accelerator.device)
+        self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0
         """The last finished step."""
         self._report_at = time.monotonic()
@@ -45,7 +45,7 @@ class Run:
     def load_model(self):
         """The model the run starts from (also the frozen reference of a KL term)."""
         config = self.config
-        with dist.main_first():  # the first downloads, the others find it in the cache
+        with dist.main_first(self.accelerator):  # the first downloads, the others find it in the cache
             return load_pretrained(
                 config.model.pretrained_model,
                 config.model.model_base,
@@ -58,7 +58,7 @@ class Run:
 
     def resume(self) -> dict[str, Any]:
         """Go on from the newest state, if there is one; returns what `save_state` was given with it ({} at a fresh start)."""
-        folder = dist.broadcast_object(self.directory.latest_state())
+        folder = dist.broadcast_object(self.accelerator, self.directory.latest_state())
         extra: dict[str, Any] = {}
         if folder is not None:
             saved = json.loads((folder / "run.json").read_text())
@@ -92,7 +92,7 @@ class Run:
             if self.is_main:
                 (folder / "run.json").write_text(json.dumps(saved))
 
-        self.directory.write_state(self.step, write, self.is_main, dist.barrier)
+        self.directory.write_state(self.step, write, self.is_main, lambda: dist.barrier(self.accelerator))
 
     # -- checkpoints
 
@@ -104,7 +104,7 @@ class Run:
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
             for name in names:
                 save_pretrained(self.model, state, self.directory.checkpoints / name)
-        dist.barrier()
+        dist.barrier(self.accelerator)
 
     # -- a step
 
@@ -141,8 +141,6 @@ class Run:
 
     def close(self) -> None:
         self.metrics.close()
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
 
 
 def set_numerics(config: Any, device: torch.device) -> None:

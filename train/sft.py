@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, entry_point
-from common.launch import launch_if_needed
+from common.launch import launch, needs_launch
 from train.methods import METHODS
 from train.traces import TRACES, Response
 
@@ -17,8 +17,10 @@ from train.traces import TRACES, Response
 def main(argv: list[str] | None = None) -> None:
     from configs.load import load_config
 
-    config = load_config("sft", sys.argv[1:] if argv is None else argv)
-    launch_if_needed(config)
+    argv = sys.argv[1:] if argv is None else argv
+    config = load_config("sft", argv)
+    if needs_launch(config):
+        launch(config, sys.argv[0], argv)
     sft = SFTRun(config)
     try:
         while sft.run.step < sft.run.total_steps:
@@ -75,13 +77,15 @@ class SFTRun:
             self.run.total_steps = self.run.step
 
     def build_responses(self, records: list[Any]) -> list[Response]:
-        from data.prompts import PromptRenderer
+        from data.prompts import encode, render_chat
+        from reward.registry import REWARDS
 
         model, training = self.run.model, self.config.training
-        renderer = PromptRenderer(model.tokenizer, model.family.chat_style, self.config.dataset.data_type)
+        is_chat = REWARDS.get(self.config.dataset.data_type).chat
         responses, num_long = [], 0
         for record in records:
-            prompt_ids = renderer.render_text(record.prompt)
+            text = render_chat(record.prompt, model.family.chat_style, model.tokenizer) if is_chat else record.prompt
+            prompt_ids = encode(model.tokenizer, text)
             if len(prompt_ids) > training.max_prompt_len:
                 num_long += 1
                 continue

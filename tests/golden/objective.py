@@ -255,7 +255,7 @@ def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetRes
     return SetResult(path, "PASS" if worst <= 1 else "FAIL", num_updates, worst, 1.0, [])
 
 
-OURS = {"TraceRL", "random_masking", "coupled"}
+FAMILIES_SUPPORTED = {"sdar"}
 
 
 def check(folder: Path, name: str, family: str) -> list[SetResult]:

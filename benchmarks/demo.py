@@ -1,0 +1,116 @@
+"""The main job on the embedded tiny model: `make demo`. SFT from random weights, TraceRL, evaluation with both decodings.
+
+    python -m benchmarks.demo            one run, in runs/demo
+    python -m benchmarks.demo --seeds    three other seeds, and a control whose rewards are permuted within groups
+
+Everything runs through the same commands that a user types, as processes of their own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from common.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+SAMPLED, GREEDY = "low_confidence_dynamic-top_k0", "low_confidence_dynamic-top_k1"
+"""Two of the decodings of configs/tiny_eval.yaml."""
+CONTROL = "benchmarks/permuted_rewards.py"
+
+
+def call(script: str, *arguments: str, quiet: bool) -> float:
+    """Run a script of the repo's root; returns its seconds. A failure ends the demo with the script's exit code."""
+    start = time.perf_counter()
+    command = [sys.executable, script, *arguments]
+    if not quiet:
+        print(f"\n$ python {' '.join(command[1:])}", flush=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL if quiet else None)
+    if result.returncode:
+        sys.exit(result.returncode)
+    return time.perf_counter() - start
+
+
+def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False) -> dict[str, float | str]:
+    """SFT, RL and evaluation of one seed; returns what the table shows."""
+    shutil.rmtree(ROOT / folder, ignore_errors=True)
+    sft, rl = folder / "sft", folder / "rl"
+    seconds = {}
+    seconds["sft"] = call("train/sft_sdar.py", "config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}", quiet=quiet)
+    model = sft / "ckpt" / "optimized"
+    arguments = ["config=configs/rl_tiny.yaml", f"experiment.project={rl}", f"training.seed={seed}", f"model.pretrained_model={model}"]
+    if control:
+        arguments += [f"experiment.plugins=[{CONTROL}]", "reward.function=exact_permuted"]
+    before = evaluate(folder / "eval_before", model, quiet)
+    seconds["rl"] = call("rl.py", *arguments, quiet=quiet)
+    after = evaluate(folder / "eval_after", rl / "ckpt" / "optimized", quiet)
+    return {"seed": f"{seed}{' permuted' if control else ''}", "before": before, "after": after, "seconds": seconds}
+
+
+def evaluate(folder: Path, model: Path, quiet: bool) -> dict[str, dict[str, float]]:
+    """Held-out numbers, sampled (temperature 1) and greedy, both by dynamic unmasking."""
+    call("eval.py", "config=configs/tiny_eval.yaml", f"experiment.project={folder}", f"model.pretrained_model={model}", quiet=quiet)
+    results = {result["name"]: result for result in json.loads((ROOT / folder / "results" / "tiny_sort_test.json").read_text())}
+    return {"sampled": results[SAMPLED], "greedy": results[GREEDY]}
+
+
+def curve(rl: Path, width: int = 60) -> str:
+    """Held-out solve rate over RL steps as a bar of text per evaluation."""
+    lines = []
+    for row in read_metrics(ROOT / rl):
+        found = [value for key, value in row.items() if key.startswith("eval/") and key.endswith("/accuracy")]
+        if found:
+            lines.append(f"  step {row['step']:4d}  {found[0]:.3f}  {'#' * round(width * found[0])}")
+    return "\n".join(lines)
+
+
+def row(result: dict) -> str:
+    before, after = result["before"], result["after"]
+    cells = [f"{result['seed']:>16}"]
+    for kind in ("sampled", "greedy"):
+        cells.append(f"{before[kind]['accuracy']:.3f} -> {after[kind]['accuracy']:.3f}")
+    cells.append(f"{before['sampled']['tokens_per_forward']:.2f} -> {after['sampled']['tokens_per_forward']:.2f}")
+    cells.append(f"{result['seconds']['sft']:.0f} s + {result['seconds']['rl']:.0f} s")
+    return "  ".join(cells)
+
+
+HEAD = f"{'seed':>16}  sampled         greedy          tokens/forward  SFT + RL"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--seeds", action="store_true", help="three other seeds and the control")
+    parser.add_argument("--folder", type=Path, default=Path("runs"))
+    arguments = parser.parse_args()
+    start = time.perf_counter()
+    if arguments.seeds:
+        print("held-out solve rate before RL -> after it (digit sorting, decoding dynamic 0.9; sampled at temperature 1)")
+        print(HEAD, flush=True)
+        for seed, control in [(1, False), (2, False), (3, False), (1, True)]:
+            name = f"demo_seed_{seed}{'_permuted' if control else ''}"
+            print(row(one_run(arguments.folder / name, seed, control, quiet=True)), flush=True)
+        return
+    folder = arguments.folder / "demo"
+    result = one_run(folder, seed=10086)
+    responses = folder / "eval_after" / "results" / f"tiny_sort_test.{SAMPLED}.jsonl"
+    call("-m", "sample.trace_viewer", str(responses), "-o", str(folder / "trace.html"), quiet=False)
+    print("\nheld-out solve rate during RL (sampled)")
+    print(curve(folder / "rl"))
+    print("\nheld-out solve rate before RL -> after it")
+    print(HEAD)
+    print(row(result))
+    print(f"\nreport       {folder / 'rl' / 'report.html'}")
+    print(f"trace page   {folder / 'trace.html'}")
+    print(f"checkpoints  {folder / 'rl' / 'ckpt'}")
+    print(f"{time.perf_counter() - start:.0f} s in all")
+
+
+if __name__ == "__main__":
+    main()

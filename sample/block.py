@@ -1,0 +1,337 @@
+"""The engine of block-diffusion models, in torch.
+
+A forward works on items (sample/kv_cache.py): for every sequence in flight the block that it is denoising, and where a block
+has just been finished also that one, with its final tokens. This *fused commit* makes the finished block's keys permanent in
+the very forward in which the next block begins. It is exactly block-causal: within a layer all keys are written before any
+item attends, and the finished block's rows see nothing behind themselves.
+
+Shapes: S slots, T positions of a slot, B block size; n active sequences, M masked rows among their n*B.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.records import Rollout
+from models.decoder import Decoder
+from models.family import Family
+from models.logits import scaled_logits
+from sample import noise
+from sample.engine import Progress, Request, SamplingSettings, Statistics
+from sample.kv_cache import Items, KVCache, slots_that_fit
+from sample.registry import UNMASKING
+from sample.sampling import Draws, draw
+from sample.unmask import Candidates, schedule
+
+PREFILL_TOKENS = 16_384
+"""Of one prefill forward, padding included."""
+LOGITS_AT_A_TIME = 2**26
+"""Entries of the largest [rows, vocabulary] tensor: 256 MiB."""
+
+
+class BlockEngine:
+    """Samples from a block-diffusion decoder; keeps its cache between calls."""
+
+    def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
+        if family.logit_shift != 0:
+            raise UserError(f"model.model_base: {family.name} shifts its logits by {family.logit_shift}: block models predict in place")
+        if max_active < 1:
+            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+        self.decoder = decoder
+        self.max_active = max_active
+        self.cache: KVCache | None = None
+        self.statistics = Statistics()
+
+    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """Rollouts in the order of requests, then of samples."""
+        started = time.perf_counter()
+        self.statistics = Statistics()
+        num_sequences = sum(request.num_samples for request in requests)
+        if num_sequences == 0:
+            return []
+        self._reserve(requests, settings, num_sequences)
+        generation = Generation(self.decoder, self.cache, requests, settings, weights_version, self.max_active, self.statistics)
+        while generation.pending:
+            generation.admit()
+            generation.step()
+            generation.retire()
+            self.statistics.seconds = time.perf_counter() - started
+            if progress is not None:
+                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
+        return [rollout for rollouts in generation.rollouts for rollout in rollouts]
+
+    def release(self) -> None:
+        self.cache = None
+
+    def _reserve(self, requests: list[Request], settings: SamplingSettings, num_sequences: int) -> None:
+        """Have a cache for the longest request, and for as many sequences as are wanted and fit."""
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        for request in requests:
+            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
+                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
+        length = max(whole_length(len(request.prompt_ids), settings) for request in requests)
+        wanted = min(self.max_active, num_sequences)
+        if self.cache is not None and self.cache.fits(wanted, length, dtype, device):
+            return
+        self.release()
+        num_slots = slots_that_fit(config, wanted, length, dtype, device)
+        self.cache = KVCache(config, num_slots, length, dtype, device)
+
+
+def whole_length(prompt_length: int, settings: SamplingSettings) -> int:
+    """Prompt and longest response, rounded up to the end of a block."""
+    return -(-(prompt_length + settings.max_tokens) // settings.block_size) * settings.block_size
+
+
+class Generation:
+    """One call of `generate`: admit -> step -> retire until nothing is pending.
+
+    The sequences' state lives on the device. Of it the host knows `status`, read once per step: what the next step's items
+    are, and who is done.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        cache: KVCache,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int,
+        max_active: int,
+        statistics: Statistics,
+    ) -> None:
+        self.decoder, self.cache, self.requests, self.settings = decoder, cache, requests, settings
+        self.weights_version, self.statistics = weights_version, statistics
+        self.rollouts: list[list[Rollout | None]] = [[None] * request.num_samples for request in requests]
+        self.waiting = deque((r, sample) for r, request in enumerate(requests) for sample in range(request.num_samples))
+        num_slots = min(cache.num_slots, max_active)
+        self.occupant: list[tuple[int, int] | None] = [None] * num_slots  # (request, sample) in each slot
+        self.leader: tuple[int, int] | None = None  # (request, slot): the newest request, and where its prompt was prefilled
+
+        device = decoder.device
+        zeros = lambda *shape, dtype: torch.zeros(shape, dtype=dtype, device=device)  # noqa: E731
+        self.tokens = zeros(num_slots, cache.length, dtype=torch.int64)
+        self.step_map = zeros(num_slots, cache.length, dtype=torch.int64)
+        self.logprobs = zeros(num_slots, cache.length, dtype=torch.float32)
+        self.entropy = zeros(num_slots, cache.length, dtype=torch.float32)
+        self.key = zeros(num_slots, 2, dtype=torch.int32)
+        self.prompt_length, self.limit, self.end, self.start, self.step_in_block, self.forwards = (
+            zeros(num_slots, dtype=torch.int64) for _ in range(6)
+        )
+        # On the host, per slot: which positions of its block are masked, where the block starts, and flags.
+        self.masked = torch.zeros(num_slots, settings.block_size, dtype=torch.bool)
+        self.block_start = torch.zeros(num_slots, dtype=torch.int64)
+        self.active, self.commit, self.done = (torch.zeros(num_slots, dtype=torch.bool) for _ in range(3))
+
+        self.schedule = schedule(settings.block_size, settings.num_steps, device)
+        self.reveal = UNMASKING.get(settings.strategy, "rollout.remasking_strategy")
+        self.stop_ids = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
+        self.forbidden = torch.tensor(settings.forbidden_ids, device=device) if settings.forbidden_ids else None
+
+    @property
+    def pending(self) -> bool:
+        return bool(self.waiting) or bool(self.active.any())
+
+    def admit(self) -> None:
+        """Fill free slots with waiting sequences. A prompt is prefilled for the first of its sequences and copied to the others.
+
+        Requests are admitted in order, so only the newest one can have sequences both in slots and waiting, and every slot
+        filled since its first sequence came belongs to it: that sequence's slot holds its prompt until all have been admitted.
+        """
+        free = (~self.active).nonzero().squeeze(1).tolist()[: len(self.waiting)]
+        if not free:
+            return
+        s, size = self.settings, self.settings.block_size
+        lead: list[int] = []  # slots whose prompt has to be prefilled
+        follow: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether the leader is new: (leader, slot)
+        rows = torch.full((len(free), self.cache.length), s.mask_id)
+        keys, facts = [], []
+        for row, slot in enumerate(free):
+            request_index, sample = self.waiting.popleft()
+            request = self.requests[request_index]
+            self.occupant[slot] = request_index, sample
+            if self.leader is None or self.leader[0] != request_index:
+                self.leader = request_index, slot
+                lead.append(slot)
+            elif self.leader[1] != slot:
+                follow[self.leader[1] in lead].append((self.leader[1], slot))
+            length = len(request.prompt_ids)
+            rows[row, :length] = torch.tensor(request.prompt_ids, dtype=torch.int64)
+            start = length // size * size
+            keys.append(noise.sequence_key(s.seed, request.task_id, sample))
+            facts.append([length, length + s.max_tokens, whole_length(length, s), start, 0, 0])
+            self.block_start[slot] = start
+            self.masked[slot] = torch.arange(start, start + size) >= length
+            self.active[slot], self.commit[slot], self.done[slot] = True, False, False
+        device = self.tokens.device
+        self.tokens[free] = rows.to(device)
+        self.key[free] = torch.tensor(keys, dtype=torch.int32, device=device)
+        for state, values in zip(
+            [self.prompt_length, self.limit, self.end, self.start, self.step_in_block, self.forwards],
+            torch.tensor(facts, device=device).unbind(1),
+        ):
+            state[free] = values
+        for state in [self.step_map, self.logprobs, self.entropy]:
+            state[free] = 0
+        self._copy_prompts(follow[False])  # before a new leader takes the slot of an old one
+        self._prefill(lead)
+        self._copy_prompts(follow[True])
+
+    def _prefill(self, slots: list[int]) -> None:
+        """Store the keys and values of the whole prompt blocks of `slots`, several prompts in one padded forward."""
+        slots = sorted((slot for slot in slots if self.block_start[slot] > 0), key=lambda slot: self.block_start[slot])
+        while slots:
+            batch = [slots.pop()]  # the longest sets the length
+            length = int(self.block_start[batch[0]])
+            while slots and (len(batch) + 1) * length <= PREFILL_TOKENS:
+                batch.append(slots.pop())
+            positions = torch.arange(length).repeat(len(batch))
+            rows = (torch.tensor(batch) * self.cache.length).repeat_interleave(length) + positions
+            rows, positions = rows.to(self.tokens.device), positions.to(self.tokens.device)
+            attend = self.cache.attend_prompts(rows, len(batch), self.settings.block_size)
+            self.decoder(self.tokens.flatten()[rows], positions, attend)
+            self.statistics.prefill_tokens += len(rows)
+
+    def _copy_prompts(self, pairs: list[tuple[int, int]]) -> None:
+        """Copy the prefilled prompt of the first slot of every pair to the second."""
+        if pairs:
+            sources, targets = map(list, zip(*pairs))
+            self.cache.copy(sources, targets, int(self.block_start[targets].max()))
+
+    def step(self) -> None:
+        """One forward of the model: items -> forward -> draw -> reveal -> advance."""
+        size, device = self.settings.block_size, self.tokens.device
+        active = self.active.nonzero().squeeze(1)  # [n], host
+        committing = active[self.commit[active]]
+        items = self.cache.items(
+            slots=torch.cat([active, committing]),
+            starts=torch.cat([self.block_start[active], self.block_start[committing] - size]),
+            size=size,
+        )
+        masked = self.masked[active]  # [n, B], host
+        masked_rows = masked.flatten().nonzero().squeeze(1).to(device, non_blocking=True)  # [M], rows of the first n items
+        slots, masked = active.to(device, non_blocking=True), masked.to(device, non_blocking=True)
+
+        hidden = self.decoder(self.tokens.flatten()[items.rows], items.positions, self.cache.attend(items))  # [N, D]
+        self.forwards[slots] += 1
+        forward, key = self.forwards[slots], self.key[slots]
+        row_slot = masked_rows // size
+        row_forward = forward[row_slot]
+        draws = self._draw(hidden[masked_rows], noise.row_keys(key[row_slot], items.positions[masked_rows], row_forward))
+
+        grid = torch.zeros(2, masked.numel(), device=device)
+        grid[:, masked_rows] = torch.stack([draws.score, draws.score_entropy])
+        score, score_entropy = grid.unflatten(1, masked.shape)
+        count = self.schedule[self.step_in_block[slots].clamp(max=len(self.schedule) - 1)]
+        reveal = self.reveal(Candidates(masked, score, score_entropy, count), self.settings)  # [n, B]
+
+        revealed = reveal.flatten()[masked_rows]  # [M]
+        at = items.rows[masked_rows]
+        self.tokens.view(-1)[at] = torch.where(revealed, draws.tokens, self.settings.mask_id)
+        self.step_map.view(-1)[at] = torch.where(revealed, row_forward, 0)
+        self.logprobs.view(-1)[at] = torch.where(revealed, draws.logprobs, 0.0)
+        self.entropy.view(-1)[at] = torch.where(revealed, draws.entropy, 0.0)
+
+        self.statistics.engine_forwards += 1
+        self.statistics.sequence_forwards += len(active)
+        self.statistics.commit_items += len(committing)
+        self._advance(active, slots, masked & ~reveal, reveal, items)
+
+    def _draw(self, hidden: Tensor, keys: Tensor) -> Draws:
+        """Logits and tokens of masked rows [M, D], so many rows at a time that logits stay small."""
+        s, head = self.settings, self.decoder.lm_head
+        parts = []
+        at_a_time = max(1, LOGITS_AT_A_TIME // self.decoder.config.vocab_size)
+        for rows, row_keys in zip(hidden.split(at_a_time), keys.split(at_a_time)):
+            logits = head(rows, lambda rows, weight: scaled_logits(rows, weight, s.logits_temperature, self.forbidden))
+            parts.append(draw(logits, row_keys, s))
+        if len(parts) == 1:
+            return parts[0]
+        return Draws(*(torch.cat([getattr(part, name) for part in parts]) for name in Draws.__annotations__))
+
+    def _advance(self, active: Tensor, slots: Tensor, left: Tensor, reveal: Tensor, items: Items) -> None:
+        """Go to the next step of the block, to the next block, or be done; then the step's one read by the host.
+
+        left, reveal bool [n, B]: still masked, just revealed."""
+        size = self.settings.block_size
+        start, prompt_length, limit = self.start[slots], self.prompt_length[slots], self.limit[slots]
+        rows, positions = (x[: left.numel()].view(left.shape) for x in (items.rows, items.positions))  # [n, B]
+        is_stop = torch.isin(self.tokens.flatten()[rows], self.stop_ids)
+        counts = (positions >= prompt_length[:, None]) & (positions < limit[:, None])
+        block_done = ~left.any(1)
+        stopped = (is_stop & counts).any(1)
+        done = block_done & (stopped | (start + size >= self.end[slots]))
+        goes_on = block_done & ~done
+        start = torch.where(goes_on, start + size, start)
+        self.start[slots] = start
+        self.step_in_block[slots] = torch.where(goes_on, 0, self.step_in_block[slots] + 1)
+        flags = torch.stack([start, goes_on, done, reveal.sum(1)], 1)  # [n, 4]
+        status = torch.cat([left | goes_on[:, None], flags], 1).cpu()
+        self.masked[active] = status[:, :size].bool()
+        self.block_start[active], num_revealed = status[:, size], status[:, size + 3]
+        self.commit[active], self.done[active] = status[:, size + 1].bool(), status[:, size + 2].bool()
+        self.statistics.tokens += int(num_revealed.sum())
+
+    def retire(self) -> None:
+        """Make rollouts of the sequences that are done and free their slots."""
+        slots = self.done.nonzero().squeeze(1).tolist()
+        if not slots:
+            return
+        longest = int(self.block_start[slots].max()) + self.settings.block_size
+        state = [x[slots, :longest].cpu() for x in (self.tokens, self.step_map, self.logprobs, self.entropy)]
+        forwards = self.forwards[slots].tolist()
+        for row, slot in enumerate(slots):
+            request_index, sample = self.occupant[slot]
+            end = int(self.block_start[slot]) + self.settings.block_size
+            response = [x[row, len(self.requests[request_index].prompt_ids) : end] for x in state]
+            self.rollouts[request_index][sample] = self._rollout(request_index, sample, *response, num_forwards=forwards[row])
+            self.occupant[slot] = None
+        self.active[slots] = False
+        self.done[slots] = False
+        self.statistics.sequences += len(slots)
+
+    def _rollout(
+        self,
+        request_index: int,
+        sample: int,
+        tokens: Tensor,
+        step_map: Tensor,
+        logprobs: Tensor,
+        entropy: Tensor,
+        num_forwards: int,
+    ) -> Rollout:
+        request, s = self.requests[request_index], self.settings
+        if not logprobs.isfinite().all():
+            raise FloatingPointError(
+                f"task {request.task_id}, sample {sample}: log-probabilities are not finite: the weights have diverged"
+            )
+        response_ids = tokens.tolist()
+        stops = (n for n, token in enumerate(response_ids[: s.max_tokens]) if token in s.stop_ids)
+        stop = next(stops, None)
+        return Rollout(
+            task_id=request.task_id,
+            sample=sample,
+            prompt_ids=list(request.prompt_ids),
+            response_ids=response_ids,
+            step_map=step_map.tolist(),
+            logprobs=logprobs.tolist(),
+            entropy=entropy.tolist(),
+            num_response=s.max_tokens if stop is None else stop + 1,
+            finish="length" if stop is None else "stop",
+            num_forwards=num_forwards,
+            weights_version=self.weights_version,
+            block_size=s.block_size,
+        )

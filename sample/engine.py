@@ -1,0 +1,190 @@
+"""What RL and evaluation call: requests in, rollouts out.
+
+    engine = build_engine(decoder, family)
+    rollouts = engine.generate([Request("task-1", prompt_ids, num_samples=8)], settings)
+
+What one sequence draws depends on the seed, its task, its sample number, the position and the number of the forward: not on
+what else is in flight, nor on the machine.
+"""
+
+from __future__ import annotations
+
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Callable, Iterator, Literal, Protocol
+
+from common.errors import UserError
+from common.records import Rollout
+from models.decoder import Decoder
+from models.family import Family
+from sample.registry import ENGINES, TARGETS, UNMASKING
+
+Progress = Callable[[int, int, int], None]
+"""Called after every forward of the engine with (finished sequences, revealed tokens, denoising forwards of all sequences)."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """One prompt, to be answered `num_samples` times."""
+
+    task_id: str
+    """Names the task: it keys the sampling noise, so it has to be stable between runs."""
+    prompt_ids: list[int]
+    num_samples: int = 1
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How to decode, and the token ids that the model and its tokenizer give special meaning."""
+
+    max_tokens: int
+    """Longest response. A stop token behind it does not count; the last block is completed all the same."""
+    mask_id: int
+    stop_ids: tuple[int, ...] = ()
+    """Tokens that end a response, at the end of the block in which they appear."""
+    forbidden_ids: tuple[int, ...] = ()
+    """Never sampled, and without probability: the mask, and ids beyond the tokenizer."""
+    block_size: int = 4
+    steps_per_block: int | None = None
+    """Denoising forwards of a block under a fixed schedule; None: block_size."""
+    strategy: str = "low_confidence_static"
+    """A name in sample.registry.UNMASKING."""
+    target: str = "confidence"
+    """What ranks the masked positions: a name in sample.registry.TARGETS."""
+    threshold: float = 0.9
+    """low_confidence_dynamic: positions whose target is above it are all revealed."""
+    entropy_bound: float = 0.1
+    """entropy_bounded, nats."""
+    confidence: Literal["raw", "filtered"] = "raw"
+    """Whether targets see the distribution before top-k/top-p or after them."""
+    temperature: float = 1.0
+    """0: greedy, with log-probs and confidences at temperature 1."""
+    top_k: int = 0
+    """0: off."""
+    top_p: float = 1.0
+    """1: off."""
+    greedy: bool = False
+    """Take the most probable token at any temperature."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, least in [("max_tokens", 1), ("block_size", 1), ("temperature", 0), ("top_k", 0), ("entropy_bound", 0)]:
+            if getattr(self, name) < least:
+                raise UserError(f"{name}: got {getattr(self, name)}, must be at least {least}")
+        if self.steps_per_block is not None and self.steps_per_block < 1:
+            raise UserError(f"steps_per_block: got {self.steps_per_block}, must be at least 1")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
+        UNMASKING.get(self.strategy)
+        TARGETS.get(self.target)
+
+    @classmethod
+    def from_decoding(
+        cls, decoding: Any, *, mask_id: int, stop_ids: list[int], forbidden_ids: list[int], seed: int, **changes: Any
+    ) -> SamplingSettings:
+        """From a config section (`rollout`, or one variant of `evaluation`) and facts of the model; `changes` override."""
+        settings = dict(
+            max_tokens=decoding.max_token,
+            block_size=decoding.block_size,
+            steps_per_block=decoding.denoising_steps_per_block,
+            strategy=decoding.remasking_strategy,
+            target=decoding.target,
+            threshold=decoding.dynamic_threshold,
+            entropy_bound=decoding.entropy_bound,
+            confidence=decoding.confidence,
+            temperature=decoding.temperature,
+            top_k=decoding.top_k,
+            top_p=decoding.top_p,
+        )
+        ids = dict(mask_id=mask_id, stop_ids=tuple(stop_ids), forbidden_ids=tuple(forbidden_ids))
+        return cls(**{**settings, **ids, "seed": seed, **changes})
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.greedy or self.temperature == 0
+
+    @property
+    def logits_temperature(self) -> float:
+        """What logits are divided by; the trainer divides by the same."""
+        return self.temperature or 1.0
+
+    @property
+    def num_steps(self) -> int:
+        return self.steps_per_block or self.block_size
+
+
+@dataclass
+class Statistics:
+    """What one call of `generate` did."""
+
+    sequences: int = 0
+    tokens: int = 0
+    """Revealed, those behind stop tokens included."""
+    engine_forwards: int = 0
+    """Forwards of the model, prefills not counted."""
+    sequence_forwards: int = 0
+    """Denoising forwards summed over sequences: tokens / sequence_forwards is the tokens per forward."""
+    commit_items: int = 0
+    """Finished blocks whose keys were stored along with a denoising forward."""
+    prefill_tokens: int = 0
+    """Padding included."""
+    seconds: float = 0.0
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    @property
+    def tokens_per_forward(self) -> float:
+        return self.tokens / self.sequence_forwards if self.sequence_forwards else 0.0
+
+    @property
+    def mean_active(self) -> float:
+        """Sequences in an average forward."""
+        return self.sequence_forwards / self.engine_forwards if self.engine_forwards else 0.0
+
+
+class Engine(Protocol):
+    """An attention kind's way to sample. It reads the decoder's own weights: an update of them is seen by the next call."""
+
+    decoder: Decoder
+    statistics: Statistics
+    """Of the last call of `generate`."""
+
+    def generate(
+        self,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int = 0,
+        progress: Progress | None = None,
+    ) -> list[Rollout]:
+        """Rollouts in the order of requests, then of samples. Raises UserError for a request that can never be served."""
+
+    def release(self) -> None:
+        """Free the cache; the next `generate` takes it back."""
+
+
+def build_engine(decoder: Decoder, family: Family, max_active: int = 256) -> Engine:
+    """The engine of the family's attention kind, with at most `max_active` sequences in flight."""
+    return ENGINES.get(family.attention)(decoder, family, max_active)
+
+
+@contextmanager
+def progress_bar(num_sequences: int, description: str = "rollout", enabled: bool = True) -> Iterator[Progress | None]:
+    """A tqdm bar over sequences with tokens/s and tokens per forward: `with progress_bar(n) as p: generate(..., progress=p)`."""
+    if not enabled:
+        yield None
+        return
+    from tqdm import tqdm
+
+    started = time.perf_counter()
+    # Only on a terminal, and only where it takes long enough to be read.
+    with tqdm(total=num_sequences, desc=description, unit="seq", leave=False, disable=None, delay=1.0) as bar:
+
+        def update(finished: int, tokens: int, forwards: int) -> None:
+            rate = tokens / max(time.perf_counter() - started, 1e-9)
+            bar.set_postfix_str(f"{rate:,.0f} tokens/s, {tokens / max(forwards, 1):.2f} tokens/forward", refresh=False)
+            bar.update(finished - bar.n)
+
+        yield update

@@ -1,0 +1,285 @@
+"""Shipped files, overrides, mistakes and what is printed."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+
+from common.errors import UserError
+from configs.checks import RANGES
+from configs.help import help_text, settings
+from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
+from configs.reference import flatten
+
+MINIMAL = """
+experiment: {project: runs/x}
+model: {pretrained_model: somewhere, model_base: sdar}
+dataset: {train_dataset: a, eval_dataset: b, optimization_data: c}
+"""
+
+
+def job_of(path: Path) -> str:
+    return "eval" if path.stem.endswith("eval") else "sft" if path.stem.startswith("sft") else "rl"
+
+
+SHIPPED = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files(path):
+    config = load_config(job_of(path), [f"config={path}"])
+    assert Path(config.experiment.project).name == path.stem
+    if "tiny" in path.stem:
+        names = [config.dataset.train_dataset, config.dataset.eval_dataset, config.dataset.optimization_data]
+        assert all((ROOT / "data" / f"{name}.json").is_file() for name in names if name is not None)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    assert lines[0].startswith("# ") and any(line.startswith("#   ") and f"config=configs/{path.name}" in line for line in lines)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_are_sparse(path, tmp_path):
+    """Every setting that a shipped file gives changes the result."""
+    job, given = job_of(path), flatten(OmegaConf.to_container(OmegaConf.load(path)))
+    whole = load_config(job, [f"config={path}"])
+    for key in given:
+        other = tmp_path / "other.yaml"
+        kept = OmegaConf.create()
+        for one, value in given.items():
+            if one != key:
+                OmegaConf.update(kept, one, value)
+        OmegaConf.save(kept, other)
+        try:
+            assert load_config(job, [f"config={other}"]) != whole, f"{key} is the default"
+        except UserError:
+            pass  # required
+
+
+def test_shipped_files_exist():
+    assert {path.stem for path in SHIPPED} >= {
+        *["rl_trado", "rl_sdar", "trado_eval", "sdar_eval", "trado_longcot_eval", "rl_tiny", "tiny_eval", "sft_tiny"]
+    }
+
+
+def test_defaults_are_resolved(load):
+    config = load(
+        "rl", MINIMAL, "training.eps=0.3", "rollout.block_size=8", "rollout.max_token=64", "rollout.stop_token_list=[a,'b c']"
+    )
+    assert config.training.eps == config.training.eps_high == 0.3
+    assert config.rollout.denoising_steps_per_block == config.training.block_size == 8
+    assert config.rollout.steps == config.training.max_gen_length == config.evaluation.max_token == 64
+    assert config.evaluation.block_size == [8] and config.evaluation.stop_token_list == ["a", "b c"]
+    assert config.training.method == "TraceRL" and config.model.dtype == "bfloat16"
+    assert config.evaluation.num_response_per_task == 1
+    assert dataclasses.is_dataclass(config.optimizer.params) and type(config.rollout.stop_token_list) is list
+    assert load("sft", MINIMAL).training.method == "semi-ar"
+
+
+def test_values_are_converted(load):
+    config = load(
+        "rl", MINIMAL, "rollout.max_token=1e4", "optimizer.params.learning_rate=1e-7", "training.beta=0", "wandb.entity=null"
+    )
+    assert config.rollout.max_token == 10_000 and isinstance(config.rollout.max_token, int)
+    assert config.optimizer.params.learning_rate == 1e-7 and isinstance(config.training.beta, float) and config.wandb.entity is None
+    assert load("rl", MINIMAL, "training.eps=0.1", "training.eps=0.2").training.eps == 0.2
+
+
+def test_evaluation_follows_rollout_unless_given(load):
+    config = load("rl", MINIMAL, "rollout.top_p=0.9", "rollout.temperature=0.5", "evaluation.temperature=0")
+    assert (config.evaluation.top_p, config.evaluation.temperature, config.rollout.temperature) == (0.9, 0.0, 0.5)
+    one = load("rl", MINIMAL, "rollout.block_size=8", "evaluation.block_size=4").evaluation.variants()
+    assert [(v.block_size, v.denoising_steps_per_block) for v in one] == [(4, 4)]
+
+
+MISTAKES = [
+    (["training.epss=0.3"], "training.epss: unknown setting on the command line (did you mean training.eps?)"),
+    (["rollout.eps=1"], "rollout.eps: unknown setting on the command line (did you mean training.eps?)"),
+    (["eps=1"], "eps: unknown setting on the command line (did you mean training.eps?)"),
+    (["trainning.eps=1"], "trainning.eps: unknown setting on the command line (did you mean training.eps?)"),
+    (["training.eps.x=1"], "training.eps.x: unknown setting on the command line"),
+    (["training.eps=abc"], "training.eps: got 'abc' on the command line, expected a number"),
+    (["training.eps="], "training.eps: got null on the command line, expected a number"),
+    (["training.eps=.nan"], "training.eps: got nan on the command line, expected a number that is finite"),
+    (["training.shrink=1.5"], "training.shrink: got 1.5 on the command line, expected a whole number"),
+    (["training.enable_tf32=3"], "training.enable_tf32: got 3 on the command line, expected true or false"),
+    (["rollout.stop_token_list=x"], "rollout.stop_token_list: got 'x' on the command line, expected a list of texts"),
+    (["training.advantage=zscor"], "expected one of zscore, mean_only, rloo (did you mean zscore?)"),
+    (["training=3"], "training: got 3 on the command line, expected a section with settings"),
+    (["training.eps=[1"], "training.eps: cannot read '[1'"),
+    (["training.eps=???"], "training.eps: is still ??? on the command line"),
+    (["training.eps=${rollout.foo}"], "training.eps: Interpolation key 'rollout.foo' not found (on the command line"),
+    (["training.eps=${training.eps}"], "training.eps: Recursive"),
+    (["training.eps=${model.model_base}"], "could not be converted to Float (on the command line; expected a number)"),
+    (["training.eps=-1"], "training.eps: got -1.0, must be above 0"),
+    (["rollout.top_p=1.5"], "rollout.top_p: got 1.5, must be above 0 and at most 1"),
+    (["evaluation.top_k=[1,-1]"], "evaluation.top_k: got -1, must be 0 or more"),
+    (
+        ["evaluation.top_k=[1,2,3]", "evaluation.block_size=[4,8]"],
+        "evaluation.block_size: got 2 values beside 3 of evaluation.top_k",
+    ),
+    (["evaluation.top_k=[]"], "evaluation.top_k: got an empty list"),
+    (["evaluation.remasking_strategy=low_conf_static"], "(did you mean low_confidence_static?)"),
+    (
+        ["rollout.denoising_steps_per_block=8"],
+        "rollout.denoising_steps_per_block: got 8, must be at most rollout.block_size, which is 4",
+    ),
+    (["training.lower_p=0.95"], "training.lower_p: got 0.95, must be at most training.upper_p, which is 0.9"),
+    (["reward.keep_solve_rate=[0.8,0.2]"], "reward.keep_solve_rate: got [0.8, 0.2], must be two shares"),
+    (["reward.overlong_margin=2000"], "reward.overlong_margin: got 2000, must be below rollout.max_token, which is 2000"),
+    (["rollout.num_response_per_task=1"], "rollout.num_response_per_task: got 1, must be at least 2 without a value model"),
+    (["rollout.temperature=0"], "rollout.temperature: got 0.0: all responses"),
+    (["rollout.top_k=1"], "rollout.top_k: got 1: all responses"),
+    (["model.value_base_model=x", "model.optimized_value_name=optimized"], "the value model would overwrite the policy"),
+    (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate: got 1.0, but optimizer.params says 1e-06"),
+    (["optimizer.params.learning_rate=1", "optimizer.params.policy_learning_rate=2"], "give only one of them"),
+    (["experiment.node_index=1"], "experiment.node_index: got 1, must be below experiment.num_node, which is 1"),
+    (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "did you mean 1_node_8_gpus_deepspeed_zero3?"),
+    (["model.model_base=sdarr"], "(did you mean sdar?)"),
+    (["dataset.data_type=maths"], "(did you mean math?)"),
+    (["training.method=trace_rl"], "choices: TraceRL"),
+    (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of TraceRL"),
+    (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
+    (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
+    (["experiment.project=null"], "experiment.project: is missing, it is the run directory"),
+    (["model.pretrained_model=null"], "model.pretrained_model: is missing"),
+    (["dataset.train_dataset=null"], "dataset.train_dataset: is missing"),
+    (["dataset.eval_dataset=null"], "dataset.eval_dataset: is missing"),
+    (["experiment.plugins=[nowhere.py]"], "experiment.plugins: no such file: nowhere.py"),
+    (["training.eps"], "training.eps: got no value"),
+    (["--print"], "--print: unknown option (did you mean --print-config?)"),
+]
+
+
+@pytest.mark.parametrize("overrides, message", MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes(load, overrides, message):
+    with pytest.raises(UserError) as error:
+        load("rl", MINIMAL, *overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_every_number_has_a_range():
+    numbers = {key for key, hint in setting_types().items() if "number" in describe(hint)}
+    assert numbers - {"reward.keep_solve_rate"} == {key for _, _, keys in RANGES for key in keys.split()}
+
+
+def test_mistakes_in_the_file_name_it(load, tmp_path):
+    path = tmp_path / "settings.yaml"
+    for text, message in [
+        ("training: {epss: 1}", f"training.epss: unknown setting in {path} (did you mean training.eps?)"),
+        ("training:\n  eps: abc", f"training.eps: got 'abc' in {path}, expected a number"),
+        ("training:\n  eps: 'a\nrollout: 3\n", f"{path}, line 4: not valid YAML"),
+        ("training:\n  eps: 1\n  eps: 2\n", f"{path}, line 3: not valid YAML: found duplicate key eps"),
+        ("- 1\n- 2\n", "expected sections with settings, got a list"),
+        ("just text", "experiment.project: is missing|not a config|unknown setting"),
+        ("rollout:\n  max_token: ???\n", f"rollout.max_token: is still ??? in {path}"),
+    ]:
+        with pytest.raises(UserError) as error:
+            load("rl", text)
+        assert any(one in str(error.value) for one in message.split("|")) and "\n" not in str(error.value), str(error.value)
+
+
+def test_question_marks_may_be_overridden(load):
+    assert load("rl", MINIMAL + "rollout:\n  max_token: ???\n", "rollout.max_token=10").rollout.max_token == 10
+
+
+def test_empty_sections_are_nothing(load):
+    assert load("rl", MINIMAL + "training:\nwandb:\n") == load("rl", MINIMAL)
+
+
+def test_no_file(tmp_path):
+    with pytest.raises(UserError, match=r"config=FILE.yaml is missing: choose one of .*configs/rl_tiny.yaml"):
+        load_config("rl", [])
+    with pytest.raises(UserError, match=r"config=nowhere.yaml: no such file; there are .*configs/tiny_eval.yaml"):
+        load_config("eval", ["config=nowhere.yaml"])
+    (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
+    with pytest.raises(UserError, match="latin.yaml: cannot be read"):
+        load_config("rl", [f"config={tmp_path / 'latin.yaml'}"])
+
+
+def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
+    with pytest.raises(UserError, match="training.stop_at_solve_rate"):
+        load("sft", MINIMAL, "dataset.eval_dataset=null", "training.stop_at_solve_rate=0.4")
+    with pytest.raises(UserError, match="dataset.optimization_data: is missing, it is the data to finetune on"):
+        load("sft", MINIMAL, "dataset.optimization_data=null")
+
+
+def test_responses_cut_by_training_are_warned_of(load, capsys):
+    load("rl", MINIMAL, "training.max_gen_length=100")
+    assert "training.max_gen_length (100) is below rollout.max_token (2000)" in capsys.readouterr().err
+
+
+def test_print_config_round_trips(load, tmp_path, capsys):
+    for job in ["rl", "eval", "sft"]:
+        overrides = [
+            "rollout.top_p=0.7",
+            "evaluation.top_k=[1,0]",
+            "optimizer.params.learning_rate=3e-7",
+            "training.mixed_precision=no",
+        ]
+        config = load(job, MINIMAL, *overrides)
+        with pytest.raises(SystemExit) as end:
+            load(job, MINIMAL, *overrides, "--print-config")
+        assert end.value.code == 0
+        printed = capsys.readouterr().out
+        assert load(job, printed) == config
+        assert printed.strip() == to_yaml(config).strip() and config_difference(printed, config) == []
+
+
+def test_config_difference(load):
+    saved = to_yaml(load("rl", MINIMAL))
+    harmless = [
+        "experiment.num_processes=2",
+        "experiment.start_from_scratch=false",
+        "wandb.enabled=true",
+        "logging.tensorboard=true",
+    ]
+    assert config_difference(saved, load("rl", MINIMAL, *harmless)) == []
+    assert config_difference(saved, load("rl", MINIMAL, "training.eps_high=0.3")) == ["training.eps_high: 0.2 there, 0.3 here"]
+    lists = config_difference(saved, load("rl", MINIMAL, "evaluation.top_k=[1,0]", "evaluation.temperature=0.5"))
+    assert lists == ["evaluation.temperature: 1.0 there, 0.5 here", "evaluation.top_k: [0] there, [1, 0] here"]
+    without = saved.replace("  head_chunk: 2048\n", "")
+    assert without != saved and config_difference(without, load("rl", MINIMAL)) == []
+    assert config_difference(saved + "gone: 1\n", load("rl", MINIMAL)) == ["gone: 1 there, 'unknown' here"]
+
+
+def test_every_field_is_documented_and_helped():
+    listed = [one for _, _, section in settings() for one in section]
+    assert {one.key for one in listed} == set(setting_types())
+    assert [one.key for one in listed if len(one.doc) < 5] == []
+    text = help_text("rl")
+    assert all(f"  {key}: " in text for key in setting_types()) and max(map(len, text.splitlines())) <= 132
+    assert "  training.eps: float = 0.2\n      Ratios of probabilities are clipped to 1 - eps .. 1 + eps." in text
+    assert "  reward.keep_solve_rate: list[float] = [0.2, 0.8]" in text and "  evaluation.top_k: list[int] = as rollout" in text
+    assert "python eval.py config=" in help_text("eval") and "train/sft_trado.py config=" in help_text("sft")
+
+
+def test_every_type_can_be_said():
+    for hint in setting_types().values():
+        assert describe(hint)
+
+
+def run(code: str, *arguments: str) -> subprocess.CompletedProcess:
+    """`code` in a fresh process in the repo's root, which `python -c` puts on its path."""
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=60, check=False)
+
+
+def test_a_mistake_is_one_line_and_exit_code_2():
+    code = "from common.errors import entry_point\nfrom configs.load import load_config\nentry_point(lambda: load_config('rl'))()"
+    result = run(code, "config=configs/rl_tiny.yaml", "training.epss=1")
+    assert result.returncode == 2 and result.stdout == ""
+    assert result.stderr == "error: training.epss: unknown setting on the command line (did you mean training.eps?)\n"
+    result = run(code, "--help")
+    assert result.returncode == 0 and "training.eps: float" in result.stdout
+    result = run(code, "config=configs/rl_tiny.yaml", "--print-config")
+    assert result.returncode == 0 and result.stderr == "" and "total_step: 320" in result.stdout
+
+
+def test_torch_is_not_imported():
+    code = "import sys\nfrom configs.load import load_config\nload_config('rl')\nassert not {'torch', 'numpy'} & set(sys.modules)"
+    result = run(code, "config=configs/rl_tiny.yaml")
+    assert result.returncode == 0, result.stderr

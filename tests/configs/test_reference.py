@@ -1,0 +1,138 @@
+"""Files written for the reference implementation load, with the same meaning."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from common.errors import UserError
+from configs.reference import ALIASES, UNUSED, canonical, flatten
+from configs.schema import Decoding
+from tests.configs.reference_files import EVAL, RL_BLOCK, RL_FULL_WITH_VALUE, SFT, every_key
+
+pytestmark = pytest.mark.usefixtures("whole_reference")
+
+
+def test_the_files_hold_every_key():
+    texts = [RL_BLOCK, RL_FULL_WITH_VALUE, EVAL, SFT]
+    held = {key for text in texts for key in flatten(OmegaConf.to_container(OmegaConf.create(text)))}
+    assert every_key() <= held
+
+
+@pytest.mark.parametrize("key", sorted(every_key()))
+def test_every_key_has_a_meaning(key):
+    from configs.load import setting_types
+
+    assert key in UNUSED or ALIASES.get(key, key) in setting_types()
+
+
+def test_rl_block(load, capsys):
+    config = load("rl", RL_BLOCK)
+    assert config.experiment.project == "rl_trado" and config.model.model_base == "trado"
+    assert (config.rollout.max_token, config.rollout.max_response_length, config.rollout.stop_token_list) == (
+        2000,
+        2000,
+        ["<|im_end|>"],
+    )
+    assert config.training.post_num == 0 and config.training.mask_times_per_sample == 2
+    assert config.optimizer.params.learning_rate == config.optimizer.params.policy_learning_rate == 1e-6
+    assert config.lr_scheduler.params.learning_rate == 1e-6
+    assert config.rollout.reward_model.reward_chunk_length == 64  # under its older name
+    assert (config.wandb.entity, config.wandb.run_id, config.wandb.resume) == (None, None, "auto")
+    variants = config.evaluation.variants()
+    assert [(v.remasking_strategy, v.top_k, v.block_size) for v in variants] == [
+        ("low_confidence_static", 1, 4),
+        ("low_confidence_dynamic", 0, 4),
+    ]
+    assert all(type(v) is Decoding and v.dynamic_threshold == 0.95 and v.denoising_steps_per_block == 4 for v in variants)
+    assert config.evaluation.stop_token_list == ["<|im_end|>"]  # not given for evaluation: as in rollout
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1, "one warning names all settings without a use"
+    for key in [
+        "experiment.function",
+        "rollout.tensor_parallel_size",
+        "evaluation.tensor_parallel_size",
+        "optimizer.params.scale_lr",
+    ]:
+        assert key in lines[0]
+    load("rl", RL_BLOCK)
+    assert capsys.readouterr().err == "", "and only once"
+
+
+def test_rl_full_attention_with_value_model(load):
+    config = load("rl", RL_FULL_WITH_VALUE)
+    assert config.rollout.max_token == config.rollout.max_response_length == config.rollout.steps == 256
+    assert config.evaluation.block_size == [32, 64] and config.evaluation.top_k == [40]
+    assert [v.block_size for v in config.evaluation.variants()] == [32, 64]
+    assert config.evaluation.temperature == 0.1 and config.rollout.temperature == 0.9
+    assert config.training.post_num is None and not config.training.use_kl_estimator_k3
+    assert config.optimizer.params.policy_learning_rate == 1e-6 and config.optimizer.params.value_learning_rate == 5e-6
+    assert config.system.HTTP_PROXY == "http://proxy:3128" and config.experiment.num_node == 2
+    assert config.rollout.reward_model.k_sample == 3
+
+
+def test_eval_with_the_model_at_the_top(load):
+    config = load("eval", EVAL)
+    assert config.model.pretrained_model == "/models/TraDo-8B-Instruct" and config.model.model_base == "trado"
+    assert (
+        config.reward.answer_must_in_box
+        and config.model.vq_model_path == "/models/magvitv2"
+        and config.model.image_resolution == 256
+    )
+    evaluation = config.evaluation  # eval files of the reference say rollout
+    assert evaluation.remasking_strategy == ["low_confidence_static", "low_confidence_dynamic"]
+    assert (evaluation.top_k, evaluation.block_size, evaluation.num_response_per_task) == ([50], [4], 3)
+    assert (evaluation.max_token, evaluation.temperature, evaluation.max_active, evaluation.start_with_think) == (
+        10000,
+        0.5,
+        2,
+        True,
+    )
+
+
+def test_eval_overrides_under_either_name(load):
+    config = load(
+        "eval", EVAL, "rollout.temperature=0.1", "model=/elsewhere", "evaluation.top_k=7", "evaluation.max_gen_length=300"
+    )
+    assert config.evaluation.temperature == 0.1 and config.model.pretrained_model == "/elsewhere"
+    assert config.evaluation.top_k == [7] and config.evaluation.max_token == 300
+
+
+def test_eval_with_the_model_in_its_section(load):
+    text = EVAL.replace(
+        'model: "/models/TraDo-8B-Instruct"\nmodel_base: "trado"\n', "model: {pretrained_model: /m, model_base: sdar}\n"
+    )
+    config = load("eval", text.replace('vq_model_path: "/models/magvitv2"\nimage_resolution: 256\n', ""))
+    assert (config.model.pretrained_model, config.model.model_base) == ("/m", "sdar")
+
+
+def test_sft(load):
+    config = load("sft", SFT)
+    assert config.training.block_size == 8 and config.training.method == "semi-ar" and config.training.num_train_epochs == 3
+    assert config.evaluation.block_size == [8], "looks at the solve rate decode the blocks that are trained"
+    assert config.lr_scheduler.params.warmup_steps == 100
+
+
+def test_interpolations_follow_renamed_settings(load):
+    text = RL_FULL_WITH_VALUE.replace("steps: 256", "steps: ${rollout.max_gen_length}")
+    config = load("rl", text, "rollout.max_gen_length=128")
+    assert config.rollout.steps == config.rollout.max_token == 128
+
+
+def test_overrides_reach_what_is_interpolated(load):
+    assert load("rl", RL_BLOCK, "optimizer.params.learning_rate=3e-6").lr_scheduler.params.learning_rate == 3e-6
+
+
+def test_two_names_of_one_setting():
+    with pytest.raises(UserError, match=r"rollout.max_token: got 20, but rollout.max_gen_length says 10: they are one setting"):
+        canonical({"rollout.max_token": 20, "rollout.max_gen_length": 10}, "rl")
+    assert canonical({"rollout.max_token": 20, "rollout.max_gen_length": 20}, "rl") == ({"rollout.max_token": 20}, [])
+    newer, older = "rollout.reward_model.reward_chunk_length", "model.process_reward_chunk_size"
+    assert canonical({newer: 200, older: 64}, "rl")[0] == canonical({older: 64, newer: 200}, "rl")[0] == {newer: 200}
+    assert canonical({"evaluation.top_p": 0.5, "rollout.top_p": 0.9}, "eval")[0] == {"evaluation.top_p": 0.5}
+    assert canonical({"evaluation.max_gen_length": 5, "rollout.max_token": 9}, "eval")[0] == {"evaluation.max_token": 5}
+
+
+def test_post_num_null_and_mixed_precision_no(load):
+    config = load("rl", RL_BLOCK, "training.post_num=null", "training.mixed_precision=no")
+    assert config.training.post_num is None and config.training.mixed_precision == "no" and config.model.dtype == "float32"

@@ -1,0 +1,104 @@
+"""One optimizer step is the same step in one process and in two, under DDP and ZeRO, however it is cut into micro-batches."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from tests.distributed import probe
+from tests.distributed.harness import run_on_ranks
+
+TOLERANCE = 1e-6  # of the tensor's largest entry, float32
+MODES: dict[str, dict[str, Any]] = {
+    "ddp": {"deepspeed_file": None},
+    "zero1": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero1"},
+    "zero2": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero2"},
+    "zero3": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero3"},
+    "zero2, optimizer offloaded": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero2_offload"},
+    "zero2, not clipped": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero2", "max_grad_norm": None},
+}
+BFLOAT16 = {f"zero{stage}": {"deepspeed_file": f"1_node_2_gpus_deepspeed_zero{stage}", "dtype": "bfloat16"} for stage in (1, 2, 3)}
+
+
+def by_hand(max_grad_norm: float | None = probe.MAX_GRAD_NORM, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
+    """The steps in plain torch: all micro-batches of all ranks in one sum, the norm and the SGD step written out."""
+    net = probe.make_net().to(dtype)
+    records = []
+    for of_ranks, learning_rate in zip(probe.make_steps(2), probe.LEARNING_RATES, strict=True):
+        micro_batches = [m for own in of_ranks for m in own]
+        loss = sum((net(m["ids"], m["targets"]).double().sum() * m["scale"] for m in micro_batches), start=torch.zeros(()))
+        names, parameters = zip(*net.named_parameters(), strict=True)
+        gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+        norm = sum(float(g.double().square().sum()) for g in gradients.values()) ** 0.5
+        # torch and DeepSpeed both add 1e-6 to the norm that they divide by.
+        factor = 1.0 if max_grad_norm is None else min(1.0, max_grad_norm / (norm + 1e-6))
+        with torch.no_grad():
+            for name, parameter in net.named_parameters():
+                parameter -= learning_rate * factor * gradients[name]
+        weights = {name: value.detach().clone() for name, value in net.named_parameters()}
+        records.append({"gradients": gradients, "norm": norm, "weights": weights})
+    return records
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks() -> list[dict[str, Any]]:
+    bfloat16 = {f"{name}, bfloat16": arguments for name, arguments in BFLOAT16.items()}
+    return run_on_ranks("tests.distributed.probe:run_modes", 2, {"modes": MODES | bfloat16})
+
+
+def check(records: list[dict[str, Any]], expected: list[dict[str, Any]], weights_too: bool = True) -> None:
+    for step, (record, right) in enumerate(zip(records, expected, strict=True)):
+        assert not record["moved_early"], f"step {step}: the weights moved before the last micro-batch was in"
+        assert record["num_steps"] == step + 1, "the optimizer did not step exactly once per group of micro-batches"
+        assert record["norm"] == pytest.approx(right["norm"], rel=1e-5)
+        assert record["gradients"].keys() == right["gradients"].keys()
+        for kind in ("gradients", "weights") if weights_too else ("gradients",):
+            for name, value in right[kind].items():
+                error = float((record[kind][name].double() - value).abs().max() / value.abs().max())
+                assert error < TOLERANCE, f"step {step}, {kind} of {name}: {error:.1e} of the largest entry"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_two_ranks_equal_one_process(of_two_ranks, mode):
+    expected = by_hand(MODES[mode].get("max_grad_norm", probe.MAX_GRAD_NORM))
+    assert expected[0]["norm"] > probe.MAX_GRAD_NORM, "clipping is not tested"
+    for rank, result in enumerate(of_two_ranks):
+        records = result[mode]
+        assert [record["num_processes"] for record in records] == [2, 2, 2]
+        check(records, expected, weights_too=bool(records[0]["weights"]) or rank == 0)
+        assert [r["norm"] for r in records] == [r["norm"] for r in of_two_ranks[0][mode]], "ranks disagree on the gradient norm"
+
+
+def test_one_process_equals_one_sum(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    check(probe.run_mode(None), by_hand())
+    probe.forget_accelerator()
+
+
+def test_deepspeed_without_a_launcher():
+    (result,) = run_on_ranks("tests.distributed.probe:run_modes", 1, {"modes": {m: MODES[m] for m in ("zero1", "zero3")}})
+    for records in result.values():
+        assert records[0]["num_processes"] == 1
+        check(records, by_hand())
+
+
+@pytest.mark.parametrize("mode", BFLOAT16)
+def test_bfloat16_weights_have_float32_masters(of_two_ranks, mode):
+    """The gradients of a bfloat16 net, added up in float32; norms within bfloat16's 3 digits of those by hand."""
+    for result in of_two_ranks:
+        for step, (record, right) in enumerate(zip(result[f"{mode}, bfloat16"], by_hand(), strict=True)):
+            assert not record["moved_early"] and record["num_steps"] == step + 1
+            assert record["norm"] == pytest.approx(right["norm"], rel=0.03)
+            for name, value in right["gradients"].items():
+                assert float((record["gradients"][name].double() - value).abs().max() / value.abs().max()) < 0.1, name
+
+
+def test_ranks_talk():
+    first, second = run_on_ranks("tests.distributed.probe:talk", 2)
+    assert first["gathered"] == second["gathered"] == [{"rank": 0, "text": "x" * 10}, {"rank": 1, "text": "x" * 1010}]
+    assert first["broadcast"] == second["broadcast"] == "from 0"
+    assert first["any"] == second["any"] == [True, False]
+    assert second["first"] - first["first"] > 0.19, "rank 1 did not wait for rank 0"
+    assert first["slowest"] == second["slowest"] == second["own"]

@@ -1,0 +1,84 @@
+"""Check golden sets: `python -m tests.golden DIR` prints a line per set found under DIR and exits 1 where one fails.
+
+    PASS|FAIL|UNSUPPORTED <set, as its path under DIR> cases=N max_error=X tolerance=Y
+
+DIR has the layout of the golden folder: sdar/<variant>/, objective/<family>/[<variant>/], rewards/, ... Sets that are not
+supported yet say so, and do not count as passed. `--notes` adds why, and which cases differ from the set and for what reason.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from pathlib import Path
+from typing import Callable, Iterator
+
+import models.registry  # noqa: F401
+from tests.golden import objective, rewards, sdar
+from tests.golden.result import SetResult
+
+
+def folders_with(root: Path, *names: str) -> Iterator[Path]:
+    """Folders below `root` (itself included) that hold all of `names`."""
+    for folder in [root, *sorted(p for p in root.rglob("*") if p.is_dir())]:
+        if all((folder / name).exists() for name in names):
+            yield folder
+
+
+def unsupported(root: Path, top: Path) -> list[SetResult]:
+    """One line per case file of a part that nothing checks yet."""
+    files = sorted({p.with_suffix("") for p in top.rglob("*") if p.suffix in (".json", ".safetensors")})
+    skip = {"config", "generation_config", "model", "tokenizer", "tokenizer_config", "special_tokens_map"}
+    return [SetResult(str(f.relative_to(root)), "UNSUPPORTED", 0, 0.0, 0.0, ["not supported yet"]) for f in files if f.name not in skip]
+
+
+def check_objective(root: Path, top: Path) -> list[SetResult]:
+    results = []
+    for family in sorted(p for p in top.iterdir() if p.is_dir()):
+        if family.name not in objective.FAMILIES_SUPPORTED:
+            results += unsupported(root, family)
+            continue
+        for folder in folders_with(family, "policy", "old_policy"):
+            results += objective.check(folder, str(folder.relative_to(root)), family.name)
+    return results
+
+
+def check_named(check: Callable[[Path], list[SetResult]]) -> Callable[[Path, Path], list[SetResult]]:
+    return lambda root, top: check(top)
+
+
+CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
+    "sdar": check_named(sdar.check),
+    "objective": check_objective,
+    "rewards": check_named(rewards.check),
+}
+"""Part of the golden folder -> what checks it; any other part is reported as unsupported."""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--notes", action="store_true", help="print the notes of every set below its line")
+    arguments = parser.parse_args()
+    root = arguments.folder
+    if not root.is_dir():
+        print(f"error: {root}: no such folder", file=sys.stderr)
+        return 2
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    failed = found = 0
+    for top in sorted(p for p in root.iterdir() if p.is_dir()):
+        for result in CHECKS.get(top.name, unsupported)(root, top):
+            print(result.line(), flush=True)
+            for note in result.notes if arguments.notes or result.status == "FAIL" else []:
+                print(f"    {note}")
+            found += 1
+            failed += result.status == "FAIL"
+    if not found:
+        print(f"error: no golden set under {root}: name the folder that holds sdar/, objective/, rewards/, ...", file=sys.stderr)
+        return 2
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
