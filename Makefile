@@ -40,7 +40,7 @@ test-slow: $(READY) ## The tests that take minutes
 	@$(PY) -m pytest -q -m slow --timeout 3600 $(PYTEST_FLAGS)
 
 lint: $(READY) ## The linter alone
-	@$(PY) -m ruff check --quiet .
+	@$(PY) -m ruff check --quiet --output-format concise .
 
 clean: ## Remove caches and the .venv made here; runs/ stays
 	@find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
@@ -49,8 +49,8 @@ clean: ## Remove caches and the .venv made here; runs/ stays
 
 ifneq ($(VENV),none)
 $(READY): requirements.txt pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	  { echo "error: $(PYTHON) is $$($(PYTHON) --version 2>&1): Python 3.10 or newer is needed, say which with PYTHON=..."; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2> /dev/null || \
+	  { echo "error: $(PYTHON) is no Python 3.10 or newer: say which to use with PYTHON=..."; exit 2; }
 	@echo "Setting up $(VENV) (about two minutes the first time; log: $(VENV)/setup.log) ..."
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || { echo "error: no venv (Debian, Ubuntu: apt install python3-venv)"; exit 2; }
 	@$(PY) -m pip install --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt -e '.[dev]' > $(VENV)/setup.log 2>&1 || \

@@ -70,7 +70,7 @@ class EvalResult:
     num_responses: int
     num_prompts_too_long: int
     accuracy: float
-    """Mean over responses."""
+    """Mean over responses of being right; of the reward, where it does not say what is right."""
     standard_error: float
     """Of the accuracy, over tasks."""
     pass_at_k: float
@@ -125,7 +125,7 @@ class Evaluator:
         # A prompt that was too long is a task that was not solved.
         right = {task.id: [] for task in self.tasks}
         for r in scored:
-            right[r.task_id].append(float(bool(r.correct)))
+            right[r.task_id].append(r.reward if r.correct is None else float(r.correct))
         rates = [sum(own) / k for own in right.values()]
         accuracy = sum(rates) / len(rates)
         spread = sum((rate - accuracy) ** 2 for rate in rates) / max(1, len(rates) - 1)
@@ -138,7 +138,7 @@ class Evaluator:
             num_prompts_too_long=len(too_long),
             accuracy=accuracy,
             standard_error=math.sqrt(spread / len(rates)),
-            pass_at_k=sum(any(own) for own in right.values()) / len(right),
+            pass_at_k=sum(any(score > 0 for score in own) for own in right.values()) / len(right),
             k=k,
             mean_length=num_tokens / max(1, len(scored)),
             cut_off_share=sum(r.finish == "length" for r in scored) / max(1, len(scored)),

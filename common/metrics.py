@@ -91,10 +91,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
     if block_steps:
         metrics["rollout/steps_per_block"] = _mean(block_steps)
     entropy = [
-        value
-        for rollout in sampled
-        for value, step in zip(rollout.entropy[: rollout.num_response], rollout.step_map)
-        if step > 0
+        value for rollout in sampled for value, step in zip(rollout.entropy[: rollout.num_response], rollout.step_map) if step > 0
     ]
     if entropy:
         metrics["rollout/entropy"] = _mean(entropy)
@@ -176,7 +173,7 @@ class MetricsLog:
                 _drop_torn_tail(self.path)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
-        """Append the metrics of one step and put them on the disk. Values that are not finite are written as null, and warned of."""
+        """Append the metrics of one step, on the disk when it returns. What is not finite is written as null, and warned of."""
         if not self.is_main:
             return
         row: dict[str, Any] = {"step": int(step)}
@@ -248,7 +245,9 @@ class MetricsLog:
         import wandb
 
         id_file = self.run_dir / "wandb_id"  # a resumed run goes on in the same wandb run
-        run_id = _setting(self.config, "wandb.run_id") or (id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12])
+        run_id = _setting(self.config, "wandb.run_id") or (
+            id_file.read_text().strip() if id_file.exists() else uuid.uuid4().hex[:12]
+        )
         resume = _setting(self.config, "wandb.resume")
         run = wandb.init(
             project=self.run_dir.name,

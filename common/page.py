@@ -26,7 +26,9 @@ def embed_json(data: Any) -> str:
     """JSON for a <script> element: `<`, `>` and `&` are escaped, so `</script>` and `<!--` in a text stay text."""
     text = json.dumps(data, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     text = text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # half of a surrogate pair: no text, a browser may die of it
+    return text.encode("utf-16", "surrogatepass").decode(
+        "utf-16", "replace"
+    )  # half of a surrogate pair: no text, a browser may die of it
 
 
 def render_page(template: Path, title: str, data: Any) -> str:

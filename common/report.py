@@ -45,7 +45,8 @@ def curves(rows: Sequence[dict[str, Any]], max_points: int = MAX_POINTS) -> dict
     """{key: {"x": steps, "y": values}}: the steps that have the key.
 
     A key with more than `max_points` of them is thinned to the same evenly spread steps as all such keys, first and last
-    included, so that curves can be stacked; a rarer one (an evaluation) keeps every point. y is None where the value was not finite: the line breaks there.
+    included, so that curves can be stacked; a rarer one (an evaluation) keeps every point. y is None where the value was not
+    finite: the line breaks there.
     """
     found: dict[str, dict[str, list]] = {}
     for row in rows:
@@ -133,7 +134,7 @@ def _is_phase(key: str) -> bool:
 
 
 def _config_facts(text: str) -> dict[str, Any]:
-    """The few settings that head the page. A config that does not read as YAML heads it with nothing: it is shown below as it is."""
+    """The few settings that head the page: none where the config is not YAML; its text is on the page in any case."""
     import yaml
 
     try:

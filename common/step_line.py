@@ -65,7 +65,7 @@ def line_fields(step: int, total: int | None, metrics: dict[str, Any], eta_secon
     phases = [f"{phase} {_short(seconds)}" for phase in PHASES if (seconds := get(f"time/{phase}_seconds")) is not None]
     if phases:
         fields.append((15, " + ".join(phases) + " s"))
-    add(6, lambda v: f"{_thousands(v)} tok/s", "rate/rollout_tokens_per_second", "rate/train_tokens_per_second")
+    add(6, lambda v: f"{_thousands(v)} tok/s", "rate/rollout_tokens_per_second", "rate/update_tokens_per_second")
     add(16, lambda v: f"{v:.1f} GiB", "memory/peak_gib")
     if eta_seconds is not None:
         fields.append((3, f"eta {duration(eta_seconds)}"))

@@ -19,7 +19,9 @@ class SFTRecord:
     """1-based step that revealed each response token (trace SFT); None: not recorded."""
 
 
-def load_sft(name_or_path: str | os.PathLike, data_type: str | None = None, folder: str | os.PathLike = DATA_DIR) -> list[SFTRecord]:
+def load_sft(
+    name_or_path: str | os.PathLike, data_type: str | None = None, folder: str | os.PathLike = DATA_DIR
+) -> list[SFTRecord]:
     """The records of an SFT data set. With data_type `exact`, task records (question, ground_truth_answer) serve too.
 
     Raises UserError with the file, the number of the record (counted from 1) and the field.

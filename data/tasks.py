@@ -194,7 +194,9 @@ class TaskCursor:
         With `exclude`, fewer are returned where there are no more. Raises UserError where n is more than all tasks.
         """
         if n > len(self.tasks) and not exclude:
-            raise UserError(f"{n} different tasks per step (rollout.num_task_per_step), but the data set has {len(self.tasks)}: ask for fewer")
+            raise UserError(
+                f"{n} different tasks per step (rollout.num_task_per_step), but the data set has {len(self.tasks)}: ask for fewer"
+            )
         taken: list[int] = []
         held = {index for index, task in enumerate(self.tasks) if task.id in exclude}
         n = min(n, len(self.tasks) - len(held))

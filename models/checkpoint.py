@@ -139,8 +139,18 @@ def load_tokenizer(path: Path) -> Any:
         raise UserError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: {reason}): mend or remove it") from error
 
 
-def load_pretrained(name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0) -> Pretrained:
-    """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random". Raises UserError naming what is wrong."""
+def load_pretrained(
+    name: str,
+    model_base: str,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+    ignore: tuple[str, ...] = (),
+) -> Pretrained:
+    """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random"; `ignore` as in `load_weights`.
+
+    Raises UserError naming what is wrong.
+    """
     family = FAMILIES.get(model_base, "model.model_base")
     if name == TINY_RANDOM:
         from models.tiny import build_tiny
@@ -155,7 +165,7 @@ def load_pretrained(name: str, model_base: str, dtype: torch.dtype, device: torc
     tokenizer = load_tokenizer(path)
     mask_id = find_mask_id(config, family, tokenizer, str(path))
     decoder = empty_decoder(family, config, dtype, device)
-    load_weights(decoder, family, path)
+    load_weights(decoder, family, path, ignore)
     return Pretrained(decoder, family, tokenizer, config, path, mask_id)
 
 
@@ -224,6 +234,15 @@ def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str
                         f"{path}: tensor {piece.published} has shape {list(shape)}, config.json makes it {list(target.shape)}"
                     )
                 target.copy_(where[piece.published].get_tensor(piece.published))
+
+
+def read_tensor(path: Path, name: str) -> Tensor | None:
+    """One tensor of a checkpoint, or None where it has none of that name."""
+    for file in weight_files(path):
+        with safe_open(file, framework="pt") as handle:
+            if name in handle.keys():
+                return handle.get_tensor(name)
+    return None
 
 
 def piece_view(parameters: dict[str, Tensor], piece: Piece) -> Tensor:

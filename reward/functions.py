@@ -54,8 +54,7 @@ class FunctionReward(Reward):
             try:
                 result = self.function(response.task, response.text, response.rollout)
             except Exception as error:
-                error.args = (f"reward.function {self.name} failed on task {response.task.id!r}: {error}", *error.args[1:])
-                raise
+                raise RuntimeError(f"reward.function {self.name} failed on task {response.task.id!r}: {error}") from error
             scores.append(self._as_score(result, response))
             if progress is not None:
                 progress(n + 1, len(responses))
@@ -69,7 +68,8 @@ class FunctionReward(Reward):
             score = Score(float(result))
         if score is None or not math.isfinite(score.reward):
             raise UserError(
-                f"reward.function {self.name}: returned {result!r} for task {response.task.id!r}; return a finite number, a bool or a Score"
+                f"reward.function {self.name}: returned {result!r} for task {response.task.id!r}; "
+                "return a finite number, a bool or a Score"
             )
         if score.token_rewards is not None and len(score.token_rewards) != len(response.rollout.response_ids):
             raise UserError(

@@ -104,9 +104,9 @@ def normalise(text: str) -> str:
     text = re.sub(r"\\[!]", "", text)
     text = re.sub(r"\\(?:[,;:> ]|quad|qquad|thinspace)(?![a-zA-Z])|~", " ", text)
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(rf"\\frac\s*{_GROUP}\s*{_GROUP}", lambda m: r"\frac{%s}{%s}" % (m[1].strip("{}"), m[2].strip("{}")), text)
+    text = re.sub(rf"\\frac\s*{_GROUP}\s*{_GROUP}", lambda m: rf"\frac{{{m[1].strip('{}')}}}{{{m[2].strip('{}')}}}", text)
     text = re.sub(r"\\sqrt\s*(\d|[a-zA-Z])", r"\\sqrt{\1}", text)
-    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))", lambda m: r"\sqrt{%s}" % (m[1] or m[2]), text)
+    text = re.sub(r"√\s*(?:\(([^()]*)\)|(\d+(?:\.\d+)?|[a-zA-Z]))", lambda m: rf"\sqrt{{{m[1] or m[2]}}}", text)
     text = re.sub(r"\^\s*(\d)(?=\d)", r"^{\1}", text)  # LaTeX raises one digit: 2^10 is 2^{1}0, and not 1024
     text = re.sub(r"\\?\$", "", text).replace(r"\%", "%")
     text = re.sub(r"\\(le|ge|ne)(?![a-zA-Z])", r"\\\1q", text).replace(r"\varnothing", r"\emptyset")
@@ -131,19 +131,22 @@ def squeeze(text: str) -> str:
 # ---- units -------------------------------------------------------------------------------------------------------------
 
 _UNIT_GROUPS = (
-    "cm centimeter centimeters centimetre centimetres", "m meter meters metre metres", "km kilometer kilometers kilometre kilometres",
-    "mm millimeter millimeters", "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles", "g gram grams", "kg kilogram kilograms",
+    "cm centimeter centimeters centimetre centimetres", "m meter meters metre metres", "mm millimeter millimeters",
+    "km kilometer kilometers kilometre kilometres", "in inch inches", "ft foot feet", "yd yard yards", "mi mile miles",
+    "g gram grams", "kg kilogram kilograms", "lb lbs pound pounds", "oz ounce ounces",
+    "l liter liters litre litres", "ml milliliter milliliters",
     "s sec second seconds", "min minute minutes", "h hr hrs hour hours", "day days", "week weeks", "month months", "year years",
-    "dollar dollars usd", "cent cents", "percent", "degree degrees deg ^{\\circ}", "unit units", "mph", "l liter liters litre litres",
-    "ml milliliter milliliters", "lb lbs pound pounds", "oz ounce ounces", "way ways", "rad radian radians",
+    "mph", "dollar dollars usd", "cent cents", "percent", "degree degrees deg ^{\\circ}", "rad radian radians",
+    "unit units", "way ways",
 )  # fmt: skip
 _UNITS = {name: names.split()[0] for names in _UNIT_GROUPS for name in names.split()}
-_NOT_UNITS = {"and", "or", "to", "mod", "sin", "cos", "tan", "log", "ln", "exp", "pi", "base", "if", "for", "is", "not", "times", "over"}
+_NOT_UNITS = set("and or to mod sin cos tan log ln exp pi base if for is not times over".split())
 _UNIT_POWER = r"(?:\s*\^\s*\{?\d\}?)?"
 _UNIT_TAIL = re.compile(
     rf"^(?P<value>.*[\d}})%])\s*(?P<unit>(?:\\(?:{_TEXT_COMMANDS})\s*\{{[^{{}}]*\}}{_UNIT_POWER}|\^\{{\\circ\}}\s*[CF]?)\s*(?:/\s*.*)?)$"
 )
-_UNIT_WORDS = re.compile(rf"^(?P<value>.*[\d}})%])\s*(?P<unit>[A-Za-z]+{_UNIT_POWER}(?:(?:\s+|\s*/\s*|\s*-\s*)[A-Za-z]+{_UNIT_POWER})*)$")
+_UNIT_WORD = rf"[A-Za-z]+{_UNIT_POWER}"
+_UNIT_WORDS = re.compile(rf"^(?P<value>.*[\d}})%])\s*(?P<unit>{_UNIT_WORD}(?:(?:\s+|\s*/\s*|\s*-\s*){_UNIT_WORD})*)$")
 
 
 def split_unit(text: str) -> tuple[str, str]:

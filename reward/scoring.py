@@ -73,7 +73,8 @@ class Scorer:
         rewards, correct = [s.reward for s in scores], [s.correct for s in scores]
         task_ids = [rollout.task_id for rollout in rollouts]
         advantages = group_advantages(rewards, task_ids, self.advantage)
-        dropped = filter_groups(rewards, correct, task_ids, self.keep_solve_rate if self.reward.filter_by_solve_rate else (0.0, 1.0))
+        bounds = self.keep_solve_rate if self.reward.filter_by_solve_rate else (0.0, 1.0)
+        dropped = filter_groups(rewards, correct, task_ids, bounds)
         return [
             ScoredRollout(
                 **{name: getattr(rollout, name) for name in ROLLOUT_FIELDS},

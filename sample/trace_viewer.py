@@ -61,7 +61,13 @@ def _parse(line: str, where: str) -> ScoredRollout:
         raise UserError(f"{where}: not a rollout ({str(error).replace('ScoredRollout.__init__() ', '')})") from None
     except AssertionError as error:
         raise UserError(f"{where}: {str(error) or 'num_response is outside the response'}") from None
-    for name, kind in (("prompt_ids", int), ("response_ids", int), ("step_map", int), ("logprobs", (int, float)), ("entropy", (int, float))):
+    for name, kind in (
+        ("prompt_ids", int),
+        ("response_ids", int),
+        ("step_map", int),
+        ("logprobs", (int, float)),
+        ("entropy", (int, float)),
+    ):
         if not all(isinstance(value, kind) for value in getattr(rollout, name)):
             raise UserError(f"{where}: {name} must be a list of numbers")
     if not isinstance(rollout.block_size, int) or rollout.block_size < 1:
@@ -84,26 +90,28 @@ def trace_data(
         for token in (*rollout.prompt_ids, *rollout.response_ids):
             if token not in texts:
                 texts[token] = token_text(token)
-        rows.append({
-            "task": rollout.task_id,
-            "sample": rollout.sample,
-            "prompt": prompt,
-            "ids": rollout.response_ids,
-            "steps": rollout.step_map,
-            "logprobs": [finite(value) for value in rollout.logprobs],
-            "entropy": [finite(value) for value in rollout.entropy],
-            "num": rollout.num_response,
-            "finish": rollout.finish,
-            "forwards": rollout.num_forwards,
-            "last": max([rollout.num_forwards, *rollout.step_map]),
-            "per_forward": finite(tokens_per_forward([rollout])),
-            "block": rollout.block_size,
-            "version": rollout.weights_version,
-            "reward": finite(getattr(rollout, "reward", None)),
-            "correct": getattr(rollout, "correct", None),
-            "advantage": finite(getattr(rollout, "advantage", None)),
-            "dropped": getattr(rollout, "dropped", None),
-        })
+        rows.append(
+            {
+                "task": rollout.task_id,
+                "sample": rollout.sample,
+                "prompt": prompt,
+                "ids": rollout.response_ids,
+                "steps": rollout.step_map,
+                "logprobs": [finite(value) for value in rollout.logprobs],
+                "entropy": [finite(value) for value in rollout.entropy],
+                "num": rollout.num_response,
+                "finish": rollout.finish,
+                "forwards": rollout.num_forwards,
+                "last": max([rollout.num_forwards, *rollout.step_map]),
+                "per_forward": finite(tokens_per_forward([rollout])),
+                "block": rollout.block_size,
+                "version": rollout.weights_version,
+                "reward": finite(getattr(rollout, "reward", None)),
+                "correct": getattr(rollout, "correct", None),
+                "advantage": finite(getattr(rollout, "advantage", None)),
+                "dropped": getattr(rollout, "dropped", None),
+            }
+        )
     return {
         "source": source,
         "total": len(rows) if total is None else total,
@@ -221,12 +229,15 @@ def _load_tokenizer(name: str, local_only: bool) -> Any:
 @entry_point
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        prog="python -m sample.trace_viewer", description="Write one self-contained HTML page that replays the unmasking of responses."
+        prog="python -m sample.trace_viewer",
+        description="Write one self-contained HTML page that replays the unmasking of responses.",
     )
     parser.add_argument("rollouts", type=Path, metavar="ROLLOUTS.jsonl", help="rollouts, one JSON object per line")
     parser.add_argument("-o", "--output", type=Path, default=Path("trace.html"), help="the page to write (default: trace.html)")
     parser.add_argument("--tokenizer", metavar="PATH", help="tokenizer directory or hub name (default: that of the run)")
-    parser.add_argument("--max", type=int, default=50, metavar="N", help="responses in the page, from the file's start (default: 50)")
+    parser.add_argument(
+        "--max", type=int, default=50, metavar="N", help="responses in the page, from the file's start (default: 50)"
+    )
     args = parser.parse_args(argv)
     if args.max < 1:
         raise UserError(f"--max must be 1 or more, got {args.max}")

@@ -77,7 +77,9 @@ class Page(HTMLParser):
         return [
             element
             for element in self.elements
-            if (not cls or cls in element.classes) and (not tag or element.tag == tag) and (not id or element.attributes.get("id") == id)
+            if (not cls or cls in element.classes)
+            and (not tag or element.tag == tag)
+            and (not id or element.attributes.get("id") == id)
         ]
 
 

@@ -19,8 +19,19 @@ from common.step_line import Clock, duration, fit_line, line_fields
 def rollout(task="a", sample=0, prompt=3, steps=(1, 2, 2, 3, 3), num=4, finish="stop", forwards=3, entropy=None, **scores):
     n = len(steps)
     return ScoredRollout(
-        task_id=task, sample=sample, prompt_ids=[1] * prompt, response_ids=list(range(n)), step_map=list(steps), logprobs=[-0.5] * n,
-        entropy=list(entropy or [0.1] * n), num_response=num, finish=finish, num_forwards=forwards, weights_version=0, block_size=4, **scores,
+        task_id=task,
+        sample=sample,
+        prompt_ids=[1] * prompt,
+        response_ids=list(range(n)),
+        step_map=list(steps),
+        logprobs=[-0.5] * n,
+        entropy=list(entropy or [0.1] * n),
+        num_response=num,
+        finish=finish,
+        num_forwards=forwards,
+        weights_version=0,
+        block_size=4,
+        **scores,
     )
 
 
@@ -37,7 +48,16 @@ def test_blocks_are_cut_on_absolute_positions():
 def test_rollout_metrics_by_hand():
     scored = [
         rollout(sample=0, entropy=[1.0, 2.0, 3.0, 4.0, 99.0], reward=1.0, correct=True),
-        rollout(sample=1, steps=(1, 2, 3, 4, 5, 0, 0, 0, 0), num=9, finish="length", forwards=5, entropy=[0.0] * 9, reward=-1.0, correct=False),
+        rollout(
+            sample=1,
+            steps=(1, 2, 3, 4, 5, 0, 0, 0, 0),
+            num=9,
+            finish="length",
+            forwards=5,
+            entropy=[0.0] * 9,
+            reward=-1.0,
+            correct=False,
+        ),
         rollout("b", steps=(1,), num=1, forwards=1, entropy=[2.0], reward=0.5, dropped="too easy"),
         rollout("b", 1, steps=(1,), num=1, forwards=1, entropy=[2.0], reward=0.5, dropped="too easy"),
         rollout("c", steps=(), num=0, finish="length", forwards=0, dropped="prompt too long"),
@@ -65,7 +85,10 @@ def test_rollout_metrics_by_hand():
 
 def test_rollout_metrics_of_nothing_has_no_means():
     assert rollout_metrics([]) == {
-        "rollout/num_responses": 0, "rollout/num_groups": 0, "rollout/dropped_responses": 0, "rollout/dropped_groups": 0,
+        "rollout/num_responses": 0,
+        "rollout/num_groups": 0,
+        "rollout/dropped_responses": 0,
+        "rollout/dropped_groups": 0,
     }
     assert tokens_per_forward([]) == 0
 
@@ -81,7 +104,15 @@ def test_write_reads_back_and_joins_a_step(tmp_path, capsys):
 
     log = MetricsLog(tmp_path / "run", CONFIG)
     third = 1 / 3
-    log.write(1, {"train/loss": torch.tensor(third, dtype=torch.float64), "rollout/n": numpy.int64(3), "train/kl": float("nan"), "gap/max": math.inf})
+    log.write(
+        1,
+        {
+            "train/loss": torch.tensor(third, dtype=torch.float64),
+            "rollout/n": numpy.int64(3),
+            "train/kl": float("nan"),
+            "gap/max": math.inf,
+        },
+    )
     log.write(1, {"eval/x/accuracy": 0.5})
     log.write(2, {"train/loss": -1.0})
     assert read_metrics(tmp_path / "run") == [
@@ -191,17 +222,29 @@ def test_tensorboard(tmp_path):
 
 
 METRICS = {
-    "rollout/solve_rate": 0.534, "rollout/reward": 0.07, "rollout/response_length": 213.4, "rollout/cut_off_share": 0.02,
-    "rollout/tokens_per_forward": 1.944, "train/loss": -0.0123, "train/kl": 1.2e-4, "train/clip_fraction": 0.004,
-    "train/gradient_norm": 0.53, "train/learning_rate": 1e-6, "gap/logprob_mean": 0.0031, "eval/MATH500/accuracy": 0.71,
-    "time/rollout_seconds": 12.04, "time/reward_seconds": 1.0, "time/update_seconds": 20.3, "rate/rollout_tokens_per_second": 15_840.0,
-}  # fmt: skip
+    "rollout/solve_rate": 0.534,
+    "rollout/reward": 0.07,
+    "rollout/response_length": 213.4,
+    "rollout/cut_off_share": 0.02,
+    "rollout/tokens_per_forward": 1.944,
+    "train/loss": -0.0123,
+    "train/kl": 1.2e-4,
+    "train/clip_fraction": 0.004,
+    "train/gradient_norm": 0.53,
+    "train/learning_rate": 1e-6,
+    "gap/logprob_mean": 0.0031,
+    "eval/MATH500/accuracy": 0.71,
+    "time/rollout_seconds": 12.04,
+    "time/reward_seconds": 1.0,
+    "time/update_seconds": 20.3,
+    "rate/rollout_tokens_per_second": 15_840.0,
+}
 
 
 def test_the_whole_line():
     assert fit_line(line_fields(7, 100, METRICS, eta_seconds=3725), None) == (
-        "step   7/100  solved 53.4%  reward +0.070  length 213  cut 2%  1.94 tok/fwd  loss -0.0123  kl 0.00012  clip 0.4%  grad 0.53  "
-        "lr 1e-06  gap 0.0031  MATH500 71.0%  rollout 12 + reward 1 + update 20.3 s  15.8k tok/s  eta 1h02m"
+        "step   7/100  solved 53.4%  reward +0.070  length 213  cut 2%  1.94 tok/fwd  loss -0.0123  kl 0.00012  clip 0.4%  "
+        "grad 0.53  lr 1e-06  gap 0.0031  MATH500 71.0%  rollout 12 + reward 1 + update 20.3 s  15.8k tok/s  eta 1h02m"
     )
 
 

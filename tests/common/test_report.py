@@ -21,9 +21,14 @@ def run_dir(tmp_path):
     log = MetricsLog(run, SimpleNamespace())
     for step in range(1, 31):
         metrics = {
-            "rollout/solve_rate": step / 40, "train/kl": float("nan") if step == 3 else 1e-4 * step, "gap/logprob_mean": 0.01 / step,
-            "time/rollout_seconds": 2.0, "time/update_seconds": 3.0, "time/step_seconds": 5.0, "train/something_new": 1.0,
-        }  # fmt: skip
+            "rollout/solve_rate": step / 40,
+            "train/kl": float("nan") if step == 3 else 1e-4 * step,
+            "gap/logprob_mean": 0.01 / step,
+            "time/rollout_seconds": 2.0,
+            "time/update_seconds": 3.0,
+            "time/step_seconds": 5.0,
+            "train/something_new": 1.0,
+        }
         if step % 10 == 0:
             metrics["eval/MATH500/accuracy"] = 0.9 if step == 20 else 0.5
         log.write(step, metrics)
@@ -85,7 +90,10 @@ def test_the_browser_draws_the_curves(run_dir):
     titles = [figure.text for figure in shown.find(tag="figure")]
     assert [title for title in titles if title.startswith("Solve rate")] and len(titles) == 5
     assert titles[0].startswith("Solve ratetraining rollouts 75%MATH500 (evaluation) 50%")
-    assert [title.startswith(name) for title, name in zip(titles[1:], ("KL", "Engine/trainer gap", "Seconds by phase", "train/something_new"))] == [True] * 4
+    assert [
+        title.startswith(name)
+        for title, name in zip(titles[1:], ("KL", "Engine/trainer gap", "Seconds by phase", "train/something_new"))
+    ] == [True] * 4
     assert "5rollout 2update 3" in titles[3]
     assert shown.find(id="headline")[0].text == "step 30 of 60 · 3 min · TraceRL"
     assert len([circle for circle in shown.find(tag="circle")]) == 3  # evaluation points

@@ -3,7 +3,7 @@
     PASS|FAIL|UNSUPPORTED <set, as its path under DIR> cases=N max_error=X tolerance=Y
 
 DIR has the layout of the golden folder: sdar/<variant>/, objective/<family>/[<variant>/], rewards/, ... Sets that are not
-supported yet say so, and do not count as passed. `--notes` adds why, and which cases differ from the set and for what reason.
+supported yet say so, and do not count as passed. Indented lines below say why, and which cases differ and for what reason.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import models.registry  # noqa: F401
-from tests.golden import objective, rewards, sdar
+from tests.golden import objective, rewards, sdar, value
 from tests.golden.result import SetResult
 
 
@@ -44,6 +44,10 @@ def check_objective(root: Path, top: Path) -> list[SetResult]:
     return results
 
 
+def check_value(root: Path, top: Path) -> list[SetResult]:
+    return [r for folder in folders_with(top, "value", "old_value") for r in value.check(folder, str(folder.relative_to(root)))]
+
+
 def check_named(check: Callable[[Path], list[SetResult]]) -> Callable[[Path, Path], list[SetResult]]:
     return lambda root, top: check(top)
 
@@ -52,6 +56,7 @@ CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
     "sdar": check_named(sdar.check),
     "objective": check_objective,
     "rewards": check_named(rewards.check),
+    "value": check_value,
 }
 """Part of the golden folder -> what checks it; any other part is reported as unsupported."""
 
@@ -59,7 +64,6 @@ CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--notes", action="store_true", help="print the notes of every set below its line")
     arguments = parser.parse_args()
     root = arguments.folder
     if not root.is_dir():
@@ -70,7 +74,7 @@ def main() -> int:
     for top in sorted(p for p in root.iterdir() if p.is_dir()):
         for result in CHECKS.get(top.name, unsupported)(root, top):
             print(result.line(), flush=True)
-            for note in result.notes if arguments.notes or result.status == "FAIL" else []:
+            for note in result.notes:
                 print(f"    {note}")
             found += 1
             failed += result.status == "FAIL"

@@ -54,11 +54,13 @@ class Case:
     def responses(self) -> list[Response]:
         """Padded to the longest response with pads; a shorter step map is extended by its maximum + 1."""
         length = max(len(r["response_ids"]) for r in self.rollouts)
+        # Some sets count steps from 0, which is "never revealed" here; only their order matters.
+        shift = 1 - min((s for r in self.rollouts for s in r.get("step_map") or [1]), default=1)
         out = []
         for r in self.rollouts:
             missing = length - len(r["response_ids"])
             ids = np.array(r["response_ids"] + [self.meta["pad_id"]] * missing)
-            steps = np.array(r["step_map"] + [max(r["step_map"]) + 1] * missing) if r.get("step_map") else None
+            steps = np.array(r["step_map"] + [max(r["step_map"]) + 1] * missing) + max(shift, 0) if r.get("step_map") else None
             is_pad = np.arange(length) >= len(r["response_ids"])
             out.append(Response(np.array(r["prompt_ids"]), ids, length, steps, is_pad))
         return out
@@ -94,30 +96,29 @@ def masked_trace(response: Response, block_size: int, masks: list[np.ndarray], t
     return Trace(block + grid.first_block, hidden, predicted, rank).nonempty()
 
 
+def slices_of(case: Case) -> list[Document]:
+    """The documents of a case, one per rollout that trains something."""
+    training = case.training
+    method = case.settings.get("method", "TraceRL")
+    masks = recorded_masks(case, len(case.rollouts[0]["prompt_ids"])) if method != "TraceRL" else None
+    documents = []
+    for index, response in enumerate(case.responses()):
+        if masks is None:
+            trace = TRACES.get(METHODS.get(method).trace)(response, training.block_size, training, np.random.default_rng(0))
+        else:
+            trace = masked_trace(response, training.block_size, masks[index], training)
+        document = build_document(index, response, trace, training.block_size)
+        if document is not None:
+            documents.append(document)
+    return documents
+
+
 class ObjectiveChecker:
     """The objective of one folder of cases, block attention."""
 
     def __init__(self, folder: Path, family: str) -> None:
         self.new = load_pretrained(str(folder / "policy"), family, torch.float32)
         self.old = load_pretrained(str(folder / "old_policy"), family, torch.float32)
-
-    def documents(self, case: Case) -> list[Document]:
-        training = case.training
-        method = case.settings["method"]
-        masks = None
-        if method != "TraceRL":
-            masks = recorded_masks(case, len(case.rollouts[0]["prompt_ids"]))
-        documents = []
-        for index, response in enumerate(case.responses()):
-            if masks is None:
-                trace_name = METHODS.get(method).trace
-                trace = TRACES.get(trace_name)(response, training.block_size, training, np.random.default_rng(0))
-            else:
-                trace = masked_trace(response, training.block_size, masks[index], training)
-            document = build_document(index, response, trace, training.block_size)
-            if document is not None:
-                documents.append(document)
-        return documents
 
     def policy(self, model: Pretrained) -> Policy:
         # The sets keep the mask id in the softmax, so nothing is forbidden.
@@ -167,7 +168,7 @@ def check_case(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
     checker.new.decoder.embed.padding_idx = case.meta["pad_id"]
     new.zero_grad(set_to_none=False)
     clipped, tensors, notes = OBJECTIVES.get("clipped"), case.tensors, []
-    documents = checker.documents(case)
+    documents = slices_of(case)
     rows = checker.rows(documents)
     if case.settings["method"] != "TraceRL":
         rows.sort(key=lambda row: row[1])
@@ -208,7 +209,7 @@ def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetRes
     settings, optimizer_settings = case.settings, case.meta["optimizer"]
     before = {name: p.detach().clone() for name, p in checker.new.decoder.named_parameters()}
     new, start = checker.policy(checker.new), checker.policy(checker.new)
-    documents = checker.documents(case)
+    documents = slices_of(case)
     rows = checker.rows(documents)
     size = settings["batch_size_lm"]
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]

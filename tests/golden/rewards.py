@@ -64,7 +64,8 @@ def check_math_equal(path: str, cases: list[dict[str, Any]]) -> SetResult:
     for case, verdict in zip(cases, verdicts):
         if verdict.equal != case["human"]:
             reason = verdict.note or _how(case["prediction"], case["ground_truth"])
-            notes.append(f"{case['prediction']} against {case['ground_truth']}: got {verdict.equal}, reader {case['human']}: {reason}")
+            pair = f"{case['prediction']} against {case['ground_truth']}"
+            notes.append(f"{pair}: got {verdict.equal}, reader {case['human']}: {reason}")
     share = len(notes) / len(cases) if cases else 0.0
     tolerance = 1 - EQUAL_SHARE
     return SetResult(path, "FAIL" if share > tolerance + 1e-12 else "PASS", len(cases), share, tolerance, notes)

@@ -36,7 +36,9 @@ def test_map_keeps_order_and_processes():
         assert pool.pids() == []  # none before there is work
         assert pool.map([]) == []
         seen = []
-        assert pool.map(list(range(20)), lambda done, total: seen.append((done, total))) == [Outcome("ok", 2 * n) for n in range(20)]
+        assert pool.map(list(range(20)), lambda done, total: seen.append((done, total))) == [
+            Outcome("ok", 2 * n) for n in range(20)
+        ]
         assert seen == [(n + 1, 20) for n in range(20)]
         pids = pool.pids()
         assert pool.map([1]) == [Outcome("ok", 2)]

@@ -46,11 +46,11 @@ def filtered(p: list[float], top_k: int, top_p: float) -> list[float]:
     if top_k:
         order = order[:top_k]
     total = sum(p[i] for i in order)
-    kept, mass = [], 0.0
+    kept, mass = set(), 0.0
     for i in order:
         if mass / total > top_p:
             break
-        kept.append(i)
+        kept.add(i)
         mass += p[i]
     return [p[i] / mass if i in kept else 0.0 for i in range(len(p))]
 
@@ -94,15 +94,16 @@ def slow_generate(decoder: Decoder, request: Request, sample: int, s: SamplingSe
         step = 0
         while masked := [i for i in range(start, start + size) if i >= prompt and step_map[i] == 0]:
             forward += 1
-            logits = block_logits(decoder, ids[: start + size], size)
+            logits = block_logits(decoder, ids[: start + size], size).double() / (s.temperature or 1.0)
+            logits[:, list(s.forbidden_ids)] = -math.inf
+            ps = logits.softmax(-1).tolist()
+            row_keys = noise.row_keys(key.expand(size, 2), torch.arange(start, start + size), torch.full((size,), forward))
+            gumbels = noise.gumbel(row_keys, VOCAB_SIZE).tolist()
+            uniforms = noise.uniform(row_keys, torch.tensor([-1])).tolist()
             token, score, score_entropy = {}, {}, {}
             for i in masked:
-                row = logits[i - start].double() / (s.temperature or 1.0)
-                row[list(s.forbidden_ids)] = -math.inf
-                p = row.softmax(-1).tolist()
+                p, gumbel = ps[i - start], gumbels[i - start]
                 q = filtered(p, s.top_k, s.top_p)
-                row_key = noise.row_keys(key, torch.tensor([i]), torch.tensor([forward]))
-                gumbel = noise.gumbel(row_key, len(p))[0].tolist()
                 allowed = [v for v in range(len(p)) if q[v] > 0]
                 if s.is_greedy:
                     token[i] = max(allowed, key=lambda v: q[v])
@@ -114,7 +115,7 @@ def slow_generate(decoder: Decoder, request: Request, sample: int, s: SamplingSe
                     "confidence": seen[token[i]],
                     "margin_confidence": ranked[0] - ranked[1],
                     "neg_entropy": -entropy(seen),
-                    "random": float(noise.uniform(row_key, torch.tensor([-1]))),
+                    "random": uniforms[i - start][0],
                 }[s.target]
                 score_entropy[i] = entropy(seen)
                 logprobs[i], entropies[i] = math.log(p[token[i]]), entropy(p)

@@ -22,9 +22,20 @@ TEXTS = {0: "a", 1: "\n", 2: EVIL, 3: "{{data}}", 4: "<|im_end|>", 5: " é\u2028
 def rollout(task: str, steps: list[int], num: int, prompt: int = 5, block: int = 4, **scores) -> ScoredRollout:
     n = len(steps)
     return ScoredRollout(
-        task_id=task, sample=1, prompt_ids=[9] * prompt, response_ids=[i % 7 for i in range(n)], step_map=steps, logprobs=[-0.1 * i for i in range(n)],
-        entropy=[0.2 * i for i in range(n)], num_response=num, finish="stop", num_forwards=max(steps), weights_version=3, block_size=block, **scores,
-    )  # fmt: skip
+        task_id=task,
+        sample=1,
+        prompt_ids=[9] * prompt,
+        response_ids=[i % 7 for i in range(n)],
+        step_map=steps,
+        logprobs=[-0.1 * i for i in range(n)],
+        entropy=[0.2 * i for i in range(n)],
+        num_response=num,
+        finish="stop",
+        num_forwards=max(steps),
+        weights_version=3,
+        block_size=block,
+        **scores,
+    )
 
 
 ROLLOUTS = [
@@ -76,9 +87,21 @@ def test_colours_and_texts_in_the_browser(tmp_path):
         shown = dump_dom(page, f"rollout=0&color={color}")
         tokens = [token for token in shown.find("tok") if "data-i" in token.attributes]
         styles[color] = [token.attributes["style"] for token in tokens]
-        pressed = [b.attributes["data-color"] for b in shown.find(tag="button") if "data-color" in b.attributes and b.attributes["aria-pressed"] == "true"]
+        pressed = [
+            b.attributes["data-color"]
+            for b in shown.find(tag="button")
+            if "data-color" in b.attributes and b.attributes["aria-pressed"] == "true"
+        ]
         assert pressed == [color]
-        assert [token.text for token in tokens] == ["a", "↵\n", EVIL, "{{data}}", "<|im_end|>", " é\u2028", "\ufffd"]  # the lone surrogate is replaced
+        assert [token.text for token in tokens] == [
+            "a",
+            "↵\n",
+            EVIL,
+            "{{data}}",
+            "<|im_end|>",
+            " é\u2028",
+            "\ufffd",
+        ]  # the lone surrogate is replaced
     assert styles["step"][0] == styles["step"][1] and len(set(styles["step"])) == 5  # tokens of one step share their colour
     assert len(set(styles["confidence"])) == len(set(styles["entropy"])) == 7
     assert len({tuple(style) for style in styles.values()}) == 3
@@ -202,3 +225,49 @@ def test_the_program_finds_the_tiny_tokenizer(tmp_path):
     assert result.returncode == 0, result.stderr
     data = (tmp_path / "t.html").read_text(encoding="utf-8").split('id="data">')[1].split("</script>")[0]
     assert set(json.loads(data)["texts"].values()) == set("s52910=") and "1 responses" not in result.stdout
+
+
+def driven(page: Path, script: str) -> Path:
+    """A copy of the page with a hand on its keyboard: `script` runs after the page's own."""
+    copy = page.with_name("driven.html")
+    press = "const press = (key) => dispatchEvent(new KeyboardEvent('keydown', {key, bubbles: true, cancelable: true}));"
+    # Dispatched on the body: the page asks the event's target what it is.
+    press = press.replace("dispatchEvent", "document.body.dispatchEvent")
+    copy.write_text(
+        page.read_text(encoding="utf-8").replace("</body>", f"<script>{press}{script}</script></body>"), encoding="utf-8"
+    )
+    return copy
+
+
+@needs_browser
+def test_keys_step_back_and_forth_and_choose_responses(tmp_path):
+    page = page_of(tmp_path)
+
+    def state(script: str) -> tuple[str, str, list[int]]:
+        shown = dump_dom(driven(page, script), "rollout=0&step=3")
+        (body,) = shown.find(tag="body")
+        revealed = [
+            int(t.attributes["data-i"]) for t in shown.find("tok") if "data-i" in t.attributes and "masked" not in t.classes
+        ]
+        return body.attributes["data-rollout"], body.attributes["data-step"], revealed
+
+    assert state("press('ArrowLeft');") == ("0", "2", [0, 1, 2])
+    assert state("press('End'); press('ArrowLeft'); press('ArrowLeft'); press('ArrowRight');") == ("0", "5", [0, 1, 2, 3, 4, 5])
+    assert state("press('Home'); press('ArrowLeft');") == ("0", "0", [])
+    assert state("press('ArrowDown'); press('ArrowDown'); press('ArrowDown'); press('Home'); press('ArrowRight');") == (
+        "2",
+        "1",
+        [2],
+    )
+    assert state("document.querySelector('[data-i=\"2\"]').click();") == ("0", "2", [0, 1, 2])  # a click goes to the token's step
+    assert state("location.hash = '#rollout=1&step=1';") == ("1", "1", [1, 2])
+    assert state(
+        "$('filter').value = 'dropped'; $('filter').dispatchEvent(new Event('input')); press('ArrowDown'); press('Home');"
+    ) == ("1", "0", [])
+
+
+@needs_browser
+def test_space_plays_to_the_end_and_stops(tmp_path):
+    page = driven(page_of(tmp_path), "$('speed').value = '16'; press(' '); document.body.dataset.playing = state.playing;")
+    (body,) = dump_dom(page, "rollout=0&step=0", milliseconds=5000).find(tag="body")
+    assert body.attributes["data-playing"] == "true" and body.attributes["data-step"] == "6" and "playing" not in body.classes

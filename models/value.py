@@ -1,0 +1,44 @@
+"""The value model: a decoder's trunk with a scalar head on its final-norm hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from models.checkpoint import Pretrained, load_pretrained, read_tensor
+from models.decoder import Attend, Decoder
+
+VALUE_HEAD = "value_head.weight"
+"""Its published name, [1, D]."""
+
+
+class ValueModel(nn.Module):
+    """Values of tokens. The trunk has no vocabulary head."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+        decoder.lm_head = None
+        c = decoder.config
+        self.head = nn.Linear(c.hidden_size, 1, bias=False, device=decoder.device, dtype=decoder.dtype)
+        nn.init.zeros_(self.head.weight)  # every value is 0 at first: the first advantages are the rewards
+
+    def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor) -> Tensor:
+        """Values [M], float32, of the tokens at `rows` [M] of a packed row of N tokens."""
+        hidden = self.decoder(input_ids, positions, attend)
+        return self.head(hidden.index_select(0, rows))[:, 0].float()
+
+
+def load_value_model(
+    name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
+) -> tuple[Pretrained, ValueModel]:
+    """A value model from a checkpoint: its own head where it has one, else a head of zeros."""
+    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD,))
+    model = ValueModel(pretrained.decoder)
+    head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
+    if head is not None:
+        with torch.no_grad():
+            model.head.weight.copy_(head)
+    return pretrained, model
