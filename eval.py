@@ -19,42 +19,51 @@ from typing import Any
 
 from common.errors import entry_point
 from common.launch import launch, needs_launch
-from common.records import ScoredRollout, write_jsonl
+from common.records import ScoredRollout, Task, write_jsonl
+from common.run_dir import RunDir, write_text
+from configs.load import load_config, to_yaml
+from data.tasks import load_tasks
 
 
 @entry_point
 def main(argv: list[str] | None = None) -> None:
-    from configs.load import load_config
-
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("eval", argv)
+    RunDir(config.experiment.project).check_path()
+    tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
     if needs_launch(config):
         launch(config, sys.argv[0], argv)
-    run(config)
+    run(config, tasks)
 
 
-def run(config: Any) -> None:
+def run(config: Any, tasks: list[Task]) -> None:
     """The whole job, in every process. Torch is imported from here on."""
     from common import dist
-    from common.run_dir import RunDir, write_text
-    from configs.load import to_yaml
     from models.checkpoint import load_pretrained
     from sample.engine import build_engine
 
     accelerator = dist.make_accelerator(config, trains=False)
     model = load_pretrained(
-        config.model.pretrained_model, config.model.model_base, dist.weights_dtype(config), accelerator.device, config.training.seed
+        config.model.pretrained_model,
+        config.model.model_base,
+        dist.weights_dtype(config),
+        accelerator.device,
+        config.training.seed,
+        check=lambda model: Evaluator.check(config, model),
     )
     engine = build_engine(model.decoder, model.family, max_active=config.rollout.max_active)
-    evaluator = Evaluator(config, model, engine, accelerator)
+    evaluator = Evaluator(config, model, engine, accelerator, tasks)
     try:
         results = evaluator(weights_version=0)
     finally:
         evaluator.close()
     if accelerator.is_main_process:
         directory = RunDir(config.experiment.project)
-        write_text(directory.config, to_yaml(config))
-        file = evaluator.save(results, directory.results, Path(config.dataset.eval_dataset).stem)
+        name = Path(config.dataset.eval_dataset).stem
+        file = evaluator.save(results, directory.results, name)
+        write_text(directory.results / f"{name}.config.yaml", to_yaml(config))
+        if not directory.config.is_file():  # a training run's own settings stay: it could not go on without them
+            write_text(directory.config, to_yaml(config))
         print(table(results))
         print(f"kept in {file}, responses beside it")
 
@@ -96,14 +105,21 @@ class EvalResult:
 class Evaluator:
     """Evaluates the weights that its engine holds, as often as it is called."""
 
-    def __init__(self, config: Any, model: Any, engine: Any, accelerator: Any) -> None:
-        from data.tasks import load_tasks
+    def __init__(self, config: Any, model: Any, engine: Any, accelerator: Any, tasks: list[Task]) -> None:
         from reward.scoring import Scorer
 
         self.config, self.model, self.engine, self.accelerator = config, model, engine, accelerator
-        self.tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+        self.tasks = tasks
         self.scorer = Scorer(config, {task.id: task for task in self.tasks}, model.tokenizer, config.evaluation)
         self.variants = named_variants(config.evaluation)
+
+    @staticmethod
+    def check(config: Any, model: Any) -> None:
+        """Raises UserError where the model cannot be sampled from as `evaluation` says."""
+        from sample.rollout import check_decoding
+
+        for decoding in config.evaluation.variants():
+            check_decoding(model, decoding, "evaluation")
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
         """One result per decoding, the same on every rank."""
@@ -112,9 +128,8 @@ class Evaluator:
     def evaluate(self, name: str, decoding: Any, weights_version: int) -> EvalResult:
         from common.metrics import tokens_per_forward
         from reward.scoring import score_on_all_ranks
-        from sample.rollout import PromptBuilder, check_block_size, sample_on_all_ranks, sampling_settings
+        from sample.rollout import PromptBuilder, sample_on_all_ranks, sampling_settings
 
-        check_block_size(self.model, decoding.block_size, "evaluation.block_size")
         k = self.config.evaluation.num_response_per_task
         requests, too_long = PromptBuilder(self.config, decoding, self.model)(self.tasks, k)
         settings = sampling_settings(decoding, self.model, self.config.training.seed)
@@ -150,8 +165,6 @@ class Evaluator:
 
     def save(self, results: list[EvalResult], folder: Path, name: str) -> Path:
         """FOLDER/NAME.json, NAME.txt and a file of responses per decoding. Returns the JSON file."""
-        from common.run_dir import write_text
-
         file = folder / f"{name}.json"
         for result in results:
             write_jsonl(folder / f"{name}.{result.name}.jsonl", result.rollouts)

@@ -13,9 +13,10 @@ import sys
 from pathlib import Path
 from typing import Any, Callable
 
-from common.errors import entry_point, warn
+from common.errors import UserError, entry_point, warn
 from common.launch import already_launched, launch, needs_launch
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
+from common.run_dir import is_over
 
 
 @entry_point
@@ -24,19 +25,36 @@ def main(argv: list[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("rl", argv)
+    if is_over(config):
+        return
+    tasks, eval_tasks = load_data(config)
     make_missing_model(config)
     if needs_launch(config):
         launch(config, sys.argv[0], argv)
-    rl = RLRun(config)
+    rl = RLRun(config, tasks, eval_tasks)
     try:
         for step in range(rl.run.step + 1, config.experiment.total_step + 1):
             rollouts = rl.collect(step)
             rl.update(rollouts, step)
             rl.evaluate(step)
             rl.finish()
-        rl.say_goodbye()
+        rl.run.say_goodbye()
     finally:
         rl.close()
+
+
+def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
+    """The tasks to learn from, and those to evaluate on: before anything long, so that mistakes in them show at once."""
+    from data.tasks import load_tasks
+
+    tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)
+    if config.rollout.num_task_per_step > len(tasks):
+        raise UserError(
+            f"rollout.num_task_per_step: got {config.rollout.num_task_per_step}, but dataset.train_dataset, "
+            f"{config.dataset.train_dataset}, has {len(tasks)} tasks, and no step takes one twice: ask for fewer"
+        )
+    evaluates = config.evaluation.if_eval and config.dataset.eval_dataset
+    return tasks, load_tasks(config.dataset.eval_dataset, config.dataset.data_type) if evaluates else None
 
 
 def make_missing_model(config: Any) -> None:
@@ -54,33 +72,37 @@ def make_missing_model(config: Any) -> None:
 class RLRun:
     """The stages of an RL step, wired together. Torch is imported here, behind the checks of the config."""
 
-    def __init__(self, config: Any) -> None:
-        from data.tasks import TaskCursor, load_tasks
+    def __init__(self, config: Any, tasks: list[Task], eval_tasks: list[Task] | None) -> None:
+        from data.tasks import TaskCursor
         from eval import Evaluator
         from reward.scoring import Scorer
         from sample.engine import build_engine
-        from sample.rollout import PromptBuilder, check_block_size
+        from sample.rollout import PromptBuilder, check_decoding
+        from train.engine_weights import EngineWeights
         from train.rl import PolicyUpdate
         from train.run import Run
 
         self.config = config
-        tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)  # before the model: mistakes show at once
-        self.run = Run(config, config.experiment.total_step, config.rollout.temperature)
+
+        def check(model: Any) -> None:
+            check_decoding(model, config.rollout, "rollout")
+            if eval_tasks is not None:
+                Evaluator.check(config, model)
+
+        self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check)
         model = self.run.model
-        check_block_size(model, config.rollout.block_size, "rollout.block_size")
-        self.engine = build_engine(model.decoder, model.family, max_active=config.rollout.max_active)
+        self.engine_weights = EngineWeights(self.run.accelerator, model)
+        self.engine = build_engine(self.engine_weights.decoder, model.family, max_active=config.rollout.max_active)
         self.prompts = PromptBuilder(config, config.rollout, model)
         self.scorer = Scorer(config, {task.id: task for task in tasks}, model.tokenizer)
         self.cursor = TaskCursor(tasks, config.training.seed)
         reference = self.run.load_model() if config.training.kl_to == "reference" and config.training.beta else None
-        self.policy_update = PolicyUpdate(self.run.trainer, config, config.training.block_size, reference)
+        self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference)
         self.evaluator = None
-        if config.evaluation.if_eval and config.dataset.eval_dataset:
-            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator)
+        if eval_tasks is not None:
+            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks)
         self.step_metrics: dict[str, float] = {}
-        extra = self.run.resume()
-        if extra:
-            self.cursor.restore(extra["cursor"])
+        self.run.resume(lambda extra: self.cursor.restore(extra["cursor"]))
 
     # -- rollout and reward
 
@@ -108,8 +130,9 @@ class RLRun:
                 rollouts = self.sample(tasks, step, round_)
             with self.run.phase("reward"):
                 scored += self.score(rollouts, tasks)
-        if finished is None and self.run.is_main:
-            write_jsonl(file, scored)
+        if self.run.is_main:
+            if finished is None:
+                write_jsonl(file, scored)
             for round_file in self.run.directory.rollouts.glob(f"step_{step:06d}.round_*.jsonl"):
                 round_file.unlink()
         self.step_metrics = rollout_metrics(scored)
@@ -132,6 +155,7 @@ class RLRun:
         requests, _ = self.prompts(tasks, self.config.rollout.num_response_per_task)
         settings = sampling_settings(self.config.rollout, self.run.model, self.config.training.seed, step)
         version, title = self.run.trainer.num_steps, f"step {step}: rollout"
+        self.engine_weights.refresh(version)
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title)
         if self.run.is_main:
             write_jsonl(file, rollouts)
@@ -160,6 +184,7 @@ class RLRun:
         if self.evaluator is None or (step % self.config.experiment.eval_every and step != self.run.total_steps):
             return
         with self.run.phase("evaluation"):
+            self.engine_weights.refresh(self.run.trainer.num_steps)
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()
@@ -174,11 +199,6 @@ class RLRun:
         if seconds.get("update"):
             self.step_metrics["rate/update_tokens_per_second"] = self.step_metrics.get("train/num_tokens", 0.0) / seconds["update"]
         self.run.finish_step(self.step_metrics, {"cursor": self.cursor.state()})
-
-    def say_goodbye(self) -> None:
-        if self.run.is_main:
-            folder = self.run.directory
-            print(f"finished: weights in {folder.checkpoints / self.config.model.optimized_name}, curves in {folder.path / 'report.html'}")
 
     def close(self) -> None:
         self.scorer.close()

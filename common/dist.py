@@ -155,6 +155,11 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether no rank holds the whole weights of a prepared model (ZeRO-3)."""
+    return uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+
+
 @contextmanager
 def accumulate(accelerator: Accelerator, model: torch.nn.Module, index: int, count: int) -> Iterator[None]:
     """Around forward and backward of micro-batch `index` (from 0) of the `count` of one optimizer step.

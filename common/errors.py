@@ -33,6 +33,23 @@ def fail(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether `error`, or what it came from, says that nothing more can be written.
+
+    safetensors keeps the system's words only; torch.save says where its archive breaks off, and keeps not even those.
+    """
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        text = str(error)
+        if "No space left on device" in text or "Disk quota exceeded" in text:
+            return True
+        if isinstance(error, RuntimeError) and "inline_container" in text and ("unexpected pos" in text or "write failed" in text):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
 def warn(message: str) -> None:
     """Print one line that the user should see; the run goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
@@ -52,13 +69,10 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             if not leave_cause(line, exit_code=130):
                 print(line, file=sys.stderr, flush=True)
             sys.exit(130)
-        except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                where = f" while writing {error.filename}" if error.filename else ""
-                fail(UserError(f"the disk is full{where}: free some space and start again, the run goes on from its last state"))
-            leave_cause(f"{type(error).__name__}: {error}")
-            raise
         except Exception as error:
+            if is_disk_full(error):
+                where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
+                fail(UserError(f"the disk is full{where}: free some space and start again, the run goes on from its last state"))
             leave_cause(f"{type(error).__name__}: {error}")
             raise
 

@@ -11,14 +11,19 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from pathlib import Path
 from typing import Any, Callable
 
 from common.errors import UserError
+from common.files import recover_directories, remove_partials
+from common.launch import already_launched
 
 STATE_PREFIX = "step_"
+STATE_FILE = "run.json"
+"""In a state's folder: the counters of the run, beside what accelerate writes."""
 
 
 class RunDir:
@@ -65,27 +70,91 @@ class RunDir:
                 shutil.rmtree(path, ignore_errors=True)
         barrier()
 
-    def open(self, config: Any, start_from_scratch: bool) -> None:
-        """Create the directory, or find an unfinished run of the same config in it. Raises UserError for anything else.
+    def differences(self, config: Any) -> list[str]:
+        """Settings in which the run that is there has another value than `config`; [] where there is none."""
+        from configs.load import config_difference
 
-        start_from_scratch: any other existing run directory is refused; otherwise the run there goes on in any case.
+        return config_difference(self.config.read_text(encoding="utf-8"), config) if self.config.is_file() else []
+
+    def check(self, config: Any) -> None:
+        """Raises UserError where the run of `config` may not write here. Writes nothing itself.
+
+        experiment.start_from_scratch: only an unfinished run of the same config goes on; otherwise any run that is here does.
         """
-        from configs.load import config_difference, to_yaml
-
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"experiment.project: {self.path} is a file: choose another name")
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not self.config.is_file():
-                raise UserError(f"experiment.project: {self.path} exists and is no run directory (no config.yaml): choose another name")
-            different = config_difference(self.config.read_text(encoding="utf-8"), config)
-            if different and start_from_scratch:
+        self.check_path()
+        if config.experiment.start_from_scratch:
+            different = self.differences(config)
+            if different:
                 raise UserError(
                     f"experiment.project: {self.path} holds a run of another config ({different[0]}"
                     f"{f' and {len(different) - 1} more' if len(different) > 1 else ''}): choose another project, remove it, "
                     "or go on with it by experiment.start_from_scratch=false"
                 )
+
+    def check_path(self) -> None:
+        """Raises UserError where the path is taken by something that is no run directory, or cannot be made."""
+        try:
+            nearest = next(path for path in [self.path, *self.path.absolute().parents] if path.exists())
+        except OSError as error:  # a name that is too long, a folder that may not be entered
+            raise UserError(f"experiment.project: {self.path}: {error.strerror}: choose another name") from error
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"experiment.project: {self.path}: {nearest} is no directory to write in: choose another name")
+        is_new = nearest != self.path or all(path.name.endswith(".partial") for path in self.path.iterdir())
+        if not is_new and not self.config.is_file():
+            raise UserError(f"experiment.project: {self.path} exists and is no run directory (no config.yaml): choose another name")
+
+    def create(self, config: Any) -> None:
+        """Make the directory, or take over the one that `check` has allowed, cleared of what a killed process left half-done."""
+        from configs.load import to_yaml
+
+        if self.differences(config):
+            # Sampled under other settings, and by weights that will not come again.
+            for file in self.rollouts_after(self.latest_step()):
+                file.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
+        recover_directories(self.checkpoints)
+        for folder in (self.path, self.rollouts, self.states, self.results):
+            remove_partials(folder)
         write_text(self.config, to_yaml(config))
+
+    def rollouts_after(self, step: int) -> list[Path]:
+        """Rollout files of steps beyond `step`."""
+        files = self.rollouts.glob(f"{STATE_PREFIX}*.jsonl")
+        return sorted(file for file in files if int(file.name.removeprefix(STATE_PREFIX).partition(".")[0]) > step)
+
+    def read_state(self) -> dict[str, Any] | None:
+        """The counters of the newest state; None where there is none."""
+        folder = self.latest_state()
+        return None if folder is None else json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+
+    def latest_step(self) -> int:
+        """The step that a resumed run starts behind."""
+        state = self.read_state()
+        return 0 if state is None else state["step"]
+
+    def is_finished(self, config: Any) -> bool:
+        """Whether a run of this very config has come to its end here."""
+        state = self.read_state()
+        return state is not None and state["finished"] and not self.differences(config)
+
+    def goodbye(self, config: Any) -> str:
+        """What a finished run says of itself."""
+        return f"finished: weights in {self.checkpoints / config.model.optimized_name}, curves in {self.path / 'report.html'}"
+
+
+def is_over(config: Any) -> bool:
+    """Asked before anything long: whether the run of `config` has come to its end already, which it says then.
+
+    Raises UserError for a run directory that may not be used. Ranks do not ask: they begin and end together.
+    """
+    if already_launched():
+        return False
+    directory = RunDir(config.experiment.project)
+    directory.check(config)
+    if not directory.is_finished(config):
+        return False
+    print(directory.goodbye(config), flush=True)
+    return True
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import functools
 import os
-import typing
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError, warn
-from common.registry import Registry, did_you_mean
-from configs.schema import Config, Strategy
-
-STRATEGIES = list(typing.get_args(Strategy))
+from common.registry import Registry
+from configs.schema import Config
 
 
 def _of_decoding(names: str) -> str:
@@ -148,6 +145,19 @@ def _check_registries(config: Config, job: str) -> None:
                 f"training.method: got {config.training.method!r}, which is a method of {stage}, "
                 f"must be one of {', '.join(fitting)}"
             )
+        _check_engine_logprobs(config, METHODS.get(config.training.method).follows_steps)
+
+
+def _check_engine_logprobs(config: Config, follows_steps: bool) -> None:
+    """The engine's log-probs mean something to the trainer only where it trains the very slices that were sampled."""
+    t = config.training
+    is_same = follows_steps and t.shrink == 1 and t.block_size == config.rollout.block_size
+    for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
+        if is_asked and not is_same:
+            raise UserError(
+                f"training.{key}: got {getattr(t, key)!r}, which needs the log-probs of sampling, but training.method="
+                f"{t.method}, shrink={t.shrink}, block_size={t.block_size} trains other slices than were sampled: leave it out"
+            )
 
 
 def _registered(registry: Registry, name: str, key: str) -> None:
@@ -158,10 +168,6 @@ def _registered(registry: Registry, name: str, key: str) -> None:
 def _check_evaluation(config: Config) -> None:
     """The lists run one evaluation each: their lengths are equal, or 1."""
     lists = {name: getattr(config.evaluation, name) for name in ["remasking_strategy", "top_k", "block_size"]}
-    for strategy in config.evaluation.remasking_strategy:
-        if strategy not in STRATEGIES:
-            hint = did_you_mean(strategy, STRATEGIES)
-            raise UserError(f"evaluation.remasking_strategy: got {strategy!r}, must be one of {', '.join(STRATEGIES)}{hint}")
     for name, values in lists.items():
         if not values:
             raise UserError(f"evaluation.{name}: got an empty list, must hold at least one")
@@ -182,9 +188,12 @@ def _decodings(config: Config) -> Iterator[tuple[str, Any]]:
 
 def _check_decoding(config: Config) -> None:
     from models.registry import FAMILIES
+    from sample.registry import TARGETS, UNMASKING
 
     block_model = FAMILIES.get(config.model.model_base).attention == "block"
     for section, d in _decodings(config):
+        _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
+        _registered(TARGETS, d.target, f"{section}.target")
         if block_model and d.denoising_steps_per_block > d.block_size:
             raise UserError(
                 f"{section}.denoising_steps_per_block: got {d.denoising_steps_per_block}, must be at most {section}.block_size, "

@@ -72,7 +72,7 @@ def _own(node: ast.ClassDef, field: str) -> ast.AnnAssign | None:
 
 def _type(annotation: str) -> str:
     nullable = " | None" in annotation
-    kind = annotation.replace(" | None", "").replace("Strategy", "")
+    kind = annotation.replace(" | None", "")
     if kind.startswith("Literal["):
         kind = " | ".join(choice.strip(" '") for choice in kind[len("Literal[") : -1].split(","))
     return kind + (" | null" if nullable else "")

@@ -89,6 +89,9 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
             settings["training.block_size"],
             source["training.block_size"],
         )
+    for key, value in _method_defaults(settings.get("training.method")).items():
+        if key not in settings:
+            settings[key], source[key] = value, f"by training.method={settings['training.method']}"
     for key, of in inherit_evaluation(settings).items():
         source[key] = source[of]
     tree = OmegaConf.structured(Config)
@@ -102,6 +105,13 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
             raise UserError(f"{key}: is missing, it is {meaning}: set it in {layers[0][1].removeprefix('in ')} or as {key}=...")
     resolve_defaults(config, job)
     return config
+
+
+def _method_defaults(name: Any) -> dict[str, Any]:
+    """Settings that a training method stands for; a method that is unknown here (a plugin's) has none."""
+    from train.methods import METHODS
+
+    return METHODS.get(name).defaults if isinstance(name, str) and name in METHODS else {}
 
 
 def resolve_defaults(config: Config, job: Job) -> None:

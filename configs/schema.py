@@ -11,8 +11,6 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import Literal
 
-Strategy = Literal["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"]
-
 
 @dataclass
 class Experiment:
@@ -110,15 +108,16 @@ class Decoding:
     """Keep the most probable tokens that hold this share of the probability."""
     top_k: int = 0
     """Keep the k most probable tokens; 0: all."""
-    remasking_strategy: Strategy = "low_confidence_static"
-    """Static: a fixed number per forward. Dynamic: all above dynamic_threshold, at least the fixed number (full attention: at
-    least one). Sequential: from left to right. Entropy_bounded: the most certain ones, within entropy_bound."""
+    remasking_strategy: str = "low_confidence_static"
+    """Which masked tokens to reveal, a name in sample/registry.py. Low_confidence_static: a fixed number per forward.
+    Low_confidence_dynamic: all above dynamic_threshold, at least the fixed number (full attention: at least one). Sequential:
+    from left to right. Entropy_bounded: the most certain ones, within entropy_bound."""
     dynamic_threshold: float = 0.9
     """Confidence above which low_confidence_dynamic reveals a token."""
     entropy_bound: float = 0.1
     """Nats: entropy_bounded reveals the largest set with sum of entropies - the largest of them <= this, at least one."""
-    target: Literal["confidence", "margin_confidence", "neg_entropy", "random"] = "confidence"
-    """What ranks the masked positions."""
+    target: str = "confidence"
+    """What ranks the masked positions: confidence, margin_confidence, neg_entropy, random (sample/registry.py)."""
     confidence: Literal["raw", "filtered"] = "raw"
     """Probabilities before top-k and top-p, or after them (as the reference does)."""
     block_size: int = 4
@@ -260,8 +259,9 @@ class Training:
     """Value model: discount per denoising step."""
     lam: float = 1.0
     """Value model: lambda of generalised advantage estimation."""
-    old_logprobs: Literal["auto", "trainer", "engine"] = "auto"
-    """Log-probabilities before the update. auto: the trainer's, by a forward only where several updates use one batch."""
+    old_logprobs: Literal["auto", "trainer", "engine", "current"] = "auto"
+    """Denominator of the ratio. trainer: a forward before the first update; engine: as sampled; current: of the update itself
+    (the ratio is 1); auto: trainer where several updates use one batch, else current, which is then the same."""
     importance_cap: float | None = None
     """Truncated importance weights min(p_trainer/p_engine, cap); null: none."""
     num_updates_per_step: int | None = None

@@ -12,13 +12,14 @@ import shutil
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from common.errors import UserError
+from common.files import replace_directory
 from models.decoder import Decoder
 from models.family import FAMILIES, Family, Piece
 
@@ -139,6 +140,12 @@ def load_tokenizer(path: Path) -> Any:
         raise UserError(f"{path}: its tokenizer cannot be read ({type(error).__name__}: {reason}): mend or remove it") from error
 
 
+def check_tokenizer(model: Pretrained) -> None:
+    """Raises UserError where the checkpoint has no tokenizer. Every job needs one; a model alone (the golden sets) does not."""
+    if model.tokenizer is None:
+        raise UserError(f"{model.path}: no tokenizer (tokenizer.json): copy the files of the published checkpoint's there")
+
+
 def load_pretrained(
     name: str,
     model_base: str,
@@ -146,16 +153,20 @@ def load_pretrained(
     device: torch.device | str = "cpu",
     seed: int = 0,
     ignore: tuple[str, ...] = (),
+    check: Callable[[Pretrained], None] = lambda model: None,
 ) -> Pretrained:
     """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random"; `ignore` as in `load_weights`.
 
-    Raises UserError naming what is wrong.
+    `check` is called with the model before its weights are read: what raises there is known at once. Raises UserError naming
+    what is wrong.
     """
     family = FAMILIES.get(model_base, "model.model_base")
     if name == TINY_RANDOM:
         from models.tiny import build_tiny
 
-        return build_tiny(family, seed=seed, dtype=dtype, device=device)
+        model = build_tiny(family, seed=seed, dtype=dtype, device=device)
+        check(model)
+        return model
     path = find_directory(name)
     try:
         config = json.loads((path / "config.json").read_text())
@@ -164,9 +175,10 @@ def load_pretrained(
     check_family(config, family, model_base, f"{path}/config.json")
     tokenizer = load_tokenizer(path)
     mask_id = find_mask_id(config, family, tokenizer, str(path))
-    decoder = empty_decoder(family, config, dtype, device)
-    load_weights(decoder, family, path, ignore)
-    return Pretrained(decoder, family, tokenizer, config, path, mask_id)
+    model = Pretrained(empty_decoder(family, config, dtype, device), family, tokenizer, config, path, mask_id)
+    check(model)
+    load_weights(model.decoder, family, path, ignore)
+    return model
 
 
 def empty_decoder(family: Family, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Decoder:
@@ -180,7 +192,7 @@ def empty_decoder(family: Family, config: dict[str, Any], dtype: torch.dtype, de
 
 
 def weight_files(path: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or all there are."""
+    """The safetensors files of a checkpoint: those its index names, or model.safetensors, or all there are."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
@@ -188,6 +200,8 @@ def weight_files(path: Path) -> list[Path]:
             if not (path / name).is_file():
                 raise UserError(f"{path}: shard {name}, which its index names, is missing: download it again")
         return [path / name for name in names]
+    if (path / "model.safetensors").is_file():
+        return [path / "model.safetensors"]
     files = sorted(path.glob("*.safetensors"))
     if not files:
         raise UserError(f"{path}: no .safetensors file: convert the checkpoint to safetensors")
@@ -286,13 +300,3 @@ def save_pretrained(model: Pretrained, state: dict[str, Tensor], folder: str | o
         config["dtype"] = dtype
     (partial / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     replace_directory(partial, folder)
-
-
-def replace_directory(new: Path, folder: Path) -> None:
-    """Move `new` to `folder`, replacing it; a reader sees the old one or the new one, whole (but for the instant between two renames)."""
-    old = folder.with_name(f".{folder.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)

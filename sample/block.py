@@ -39,7 +39,7 @@ class BlockEngine:
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
         if family.logit_shift != 0:
-            raise UserError(f"model.model_base: {family.name} shifts its logits by {family.logit_shift}: block models predict in place")
+            raise UserError(f"model.model_base: {family.name} shifts its logits, block sampling needs a family that does not")
         if max_active < 1:
             raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
         self.decoder = decoder
@@ -84,7 +84,7 @@ class BlockEngine:
                 raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
         length = max(whole_length(len(request.prompt_ids), settings) for request in requests)
         wanted = min(self.max_active, num_sequences)
-        if self.cache is not None and self.cache.fits(wanted, length, dtype, device):
+        if self.cache is not None and self.cache.fits(config, wanted, length, dtype, device):
             return
         self.release()
         num_slots = slots_that_fit(config, wanted, length, dtype, device)
@@ -128,8 +128,9 @@ class Generation:
         self.logprobs = zeros(num_slots, cache.length, dtype=torch.float32)
         self.entropy = zeros(num_slots, cache.length, dtype=torch.float32)
         self.key = zeros(num_slots, 2, dtype=torch.int32)
-        self.prompt_length, self.limit, self.end, self.start, self.step_in_block, self.forwards = (
-            zeros(num_slots, dtype=torch.int64) for _ in range(6)
+        # Positions: where the prompt ends, where stop tokens cease to count, where the last block ends; then two counters.
+        self.prompt_length, self.limit, self.end, self.step_in_block, self.forwards = (
+            zeros(num_slots, dtype=torch.int64) for _ in range(5)
         )
         # On the host, per slot: which positions of its block are masked, where the block starts, and flags.
         self.masked = torch.zeros(num_slots, settings.block_size, dtype=torch.bool)
@@ -172,7 +173,7 @@ class Generation:
             rows[row, :length] = torch.tensor(request.prompt_ids, dtype=torch.int64)
             start = length // size * size
             keys.append(noise.sequence_key(s.seed, request.task_id, sample))
-            facts.append([length, length + s.max_tokens, whole_length(length, s), start, 0, 0])
+            facts.append([length, length + s.max_tokens, whole_length(length, s), 0, 0])
             self.block_start[slot] = start
             self.masked[slot] = torch.arange(start, start + size) >= length
             self.active[slot], self.commit[slot], self.done[slot] = True, False, False
@@ -180,7 +181,7 @@ class Generation:
         self.tokens[free] = rows.to(device)
         self.key[free] = torch.tensor(keys, dtype=torch.int32, device=device)
         for state, values in zip(
-            [self.prompt_length, self.limit, self.end, self.start, self.step_in_block, self.forwards],
+            [self.prompt_length, self.limit, self.end, self.step_in_block, self.forwards],
             torch.tensor(facts, device=device).unbind(1),
         ):
             state[free] = values
@@ -267,22 +268,18 @@ class Generation:
 
         left, reveal bool [n, B]: still masked, just revealed."""
         size = self.settings.block_size
-        start, prompt_length, limit = self.start[slots], self.prompt_length[slots], self.limit[slots]
         rows, positions = (x[: left.numel()].view(left.shape) for x in (items.rows, items.positions))  # [n, B]
-        is_stop = torch.isin(self.tokens.flatten()[rows], self.stop_ids)
-        counts = (positions >= prompt_length[:, None]) & (positions < limit[:, None])
+        counts = (positions >= self.prompt_length[slots, None]) & (positions < self.limit[slots, None])
+        stopped = (torch.isin(self.tokens.flatten()[rows], self.stop_ids) & counts).any(1)
         block_done = ~left.any(1)
-        stopped = (is_stop & counts).any(1)
-        done = block_done & (stopped | (start + size >= self.end[slots]))
+        done = block_done & (stopped | (positions[:, -1] + 1 >= self.end[slots]))
         goes_on = block_done & ~done
-        start = torch.where(goes_on, start + size, start)
-        self.start[slots] = start
         self.step_in_block[slots] = torch.where(goes_on, 0, self.step_in_block[slots] + 1)
-        flags = torch.stack([start, goes_on, done, reveal.sum(1)], 1)  # [n, 4]
-        status = torch.cat([left | goes_on[:, None], flags], 1).cpu()
-        self.masked[active] = status[:, :size].bool()
-        self.block_start[active], num_revealed = status[:, size], status[:, size + 3]
-        self.commit[active], self.done[active] = status[:, size + 1].bool(), status[:, size + 2].bool()
+
+        status = torch.cat([left | goes_on[:, None], torch.stack([goes_on, done, reveal.sum(1)], 1)], 1).cpu()  # [n, B + 3]
+        masked, (goes_on, done, num_revealed) = status[:, :size].bool(), status[:, size:].unbind(1)
+        self.masked[active], self.commit[active], self.done[active] = masked, goes_on.bool(), done.bool()
+        self.block_start[active] += goes_on * size
         self.statistics.tokens += int(num_revealed.sum())
 
     def retire(self) -> None:

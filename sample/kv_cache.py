@@ -43,14 +43,14 @@ class Items:
 
 class KVCache:
     def __init__(self, config: DecoderConfig, num_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.num_slots, self.length = num_slots, length
+        self.config, self.num_slots, self.length = config, num_slots, length
         # Zeros, not garbage: a masked NaN is still a NaN behind the softmax.
         shape = (config.num_layers, num_slots, length, config.num_kv_heads, config.head_dim)
         self.k, self.v = (torch.zeros(shape, dtype=dtype, device=device) for _ in range(2))
 
-    def fits(self, num_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> bool:
-        """Whether this cache serves so many slots and positions."""
-        same_kind = self.k.dtype == dtype and self.k.device == device
+    def fits(self, config: DecoderConfig, num_slots: int, length: int, dtype: torch.dtype, device: torch.device) -> bool:
+        """Whether this cache serves such a decoder with so many slots and positions."""
+        same_kind = (self.config, self.k.dtype, self.k.device) == (config, dtype, device)
         return same_kind and self.num_slots >= num_slots and self.length >= length
 
     def items(self, slots: Tensor, starts: Tensor, size: int) -> Items:

@@ -8,14 +8,14 @@ ENGINES: Registry = Registry("attention kind")
 """By `Family.attention`: a class with the interface of sample/engine.py's `Engine`."""
 ENGINES.register("block", "sample.block:BlockEngine")
 
-UNMASKING: Registry = Registry("unmasking strategy (rollout.remasking_strategy)")
+UNMASKING: Registry = Registry("unmasking strategy")
 """Functions (Candidates, SamplingSettings) -> bool [S, B], the positions to reveal (sample/unmask.py)."""
 UNMASKING.register("low_confidence_static", "sample.unmask:low_confidence_static")
 UNMASKING.register("low_confidence_dynamic", "sample.unmask:low_confidence_dynamic")
 UNMASKING.register("sequential", "sample.unmask:sequential")
 UNMASKING.register("entropy_bounded", "sample.unmask:entropy_bounded")
 
-TARGETS: Registry = Registry("unmasking target (rollout.target)")
+TARGETS: Registry = Registry("unmasking target")
 """Functions Distribution -> float32 [M], what ranks the masked positions (sample/sampling.py): higher is revealed earlier."""
 TARGETS.register("confidence", "sample.sampling:confidence")
 TARGETS.register("margin_confidence", "sample.sampling:margin_confidence")

@@ -8,7 +8,7 @@ from common import dist
 from common.errors import UserError
 from common.records import Rollout, ScoredRollout, Task
 from data.prompts import build_prompt
-from models.checkpoint import Pretrained
+from models.checkpoint import Pretrained, check_tokenizer
 from reward.registry import REWARDS
 from sample.engine import Request, SamplingSettings, progress_bar
 
@@ -24,11 +24,22 @@ def stop_ids(model: Pretrained, stop_tokens: list[str]) -> list[int]:
     return sorted(ids - {model.mask_id})
 
 
-def check_block_size(model: Pretrained, block_size: int, setting: str) -> None:
-    """A checkpoint that says its block size must be run at it (block models). Raises UserError."""
+def check_decoding(model: Pretrained, decoding: Any, section: str) -> None:
+    """Whether the checkpoint can be sampled from as `section` of the config says: known before its weights are read.
+
+    A block model whose config.json says its block size must be run at it. Raises UserError.
+    """
     trained = model.family.config_block_size(model.config)
-    if model.family.attention == "block" and trained is not None and trained != block_size:
-        raise UserError(f"{setting}: got {block_size}, but the checkpoint's config.json says block_size {trained}: set it to {trained}")
+    if model.family.attention == "block" and trained is not None and trained != decoding.block_size:
+        raise UserError(
+            f"{section}.block_size: got {decoding.block_size}, but the checkpoint's config.json says block_size {trained}: set it to {trained}"
+        )
+    check_tokenizer(model)
+    if not stop_ids(model, decoding.stop_token_list):
+        raise UserError(
+            f"{section}.stop_token_list: no token ends a response: config.json has no eos_token_id and the tokenizer no eos_token: "
+            "name the checkpoint's stop token here"
+        )
 
 
 def sampling_settings(decoding: Any, model: Pretrained, seed: int, step: int = 0) -> SamplingSettings:

@@ -19,14 +19,18 @@ from train.policy import Policy
 from train.traces import TRACES, Response
 
 
-def as_response(rollout: ScoredRollout, max_response: int | None) -> Response:
-    """What training keeps of a rollout: all tokens as context, the first `max_response` up to the stop for training."""
-    num_trained = rollout.num_response if max_response is None else min(rollout.num_response, max_response)
+def as_response(rollout: ScoredRollout, max_response: int, block_size: int, fill_id: int) -> Response:
+    """What training keeps of a rollout: all tokens as context, the first `max_response` up to the stop for training.
+
+    Where training blocks are larger than those of sampling, the last one may reach behind the response: there stands what sampling
+    never got to, so it is a mask at every step (`fill_id` where a mask method shows it).
+    """
+    num_fill = -(len(rollout.prompt_ids) + len(rollout.response_ids)) % block_size
     return Response(
         prompt_ids=np.asarray(rollout.prompt_ids, dtype=np.int64),
-        response_ids=np.asarray(rollout.response_ids, dtype=np.int64),
-        num_trained=num_trained,
-        step_map=np.asarray(rollout.step_map, dtype=np.int64),
+        response_ids=np.asarray(rollout.response_ids + [fill_id] * num_fill, dtype=np.int64),
+        num_trained=min(rollout.num_response, max_response),
+        step_map=np.asarray(rollout.step_map + [0] * num_fill, dtype=np.int64),
     )
 
 
@@ -49,12 +53,16 @@ def update_plan(training: Any, num_rows: int, num_processes: int) -> tuple[int, 
 class PolicyUpdate:
     """Updates the policy from scored rollouts. Holds the trainer, and the frozen reference model where KL is held to one."""
 
-    def __init__(self, trainer: Trainer, config: Any, block_size: int, reference: Pretrained | None = None) -> None:
-        self.trainer, self.config, self.block_size = trainer, config, block_size
+    def __init__(self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None) -> None:
+        """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one."""
+        self.trainer, self.config, self.fill_id = trainer, config, fill_id
+        self.block_size = config.training.block_size
         method = METHODS.get(config.training.method, "training.method")
         if method.stage != "rl":
             raise UserError(f"training.method: {config.training.method} is for {method.stage}, this is rl: choose TraceRL")
         self.trace = TRACES.get(method.trace)
+        self.follows_steps = method.follows_steps and config.training.shrink == 1
+        self.follows_steps &= self.block_size == config.rollout.block_size
         self.objective = OBJECTIVES.get(config.training.objective or method.objective, "training.objective")
         self.reference: Policy | None = None
         if reference is not None:
@@ -66,7 +74,7 @@ class PolicyUpdate:
         training = self.config.training
         documents = []
         for index, rollout in enumerate(rollouts):
-            response = as_response(rollout, training.max_gen_length)
+            response = as_response(rollout, training.max_gen_length, self.block_size, self.fill_id)
             trace = self.trace(response, self.block_size, training, trace_generator(training.seed, step, rollout))
             document = build_document(index, response, trace, self.block_size)
             if document is not None:
@@ -100,11 +108,12 @@ class PolicyUpdate:
         training = self.config.training
         predictions = number(part)
         advantage = np.array([r.advantage for r in rollouts])[predictions.response]
-        engine = gather_tokens([r.logprobs for r in rollouts], predictions)
+        # Other slices than those that sampling saw have other log-probs: there is nothing to compare with.
+        engine = gather_tokens([r.logprobs for r in rollouts], predictions) if self.follows_steps else None
         old = None
         if training.old_logprobs == "engine":
             old = engine
-        elif training.old_logprobs == "trainer" or several:
+        elif training.old_logprobs == "trainer" or (training.old_logprobs == "auto" and several):
             old = self.trainer.logprobs(part, len(predictions))
         kl = None
         if self.reference is not None:

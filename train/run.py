@@ -6,7 +6,7 @@ import json
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Iterator
+from typing import Any, Callable, Iterator
 
 import torch
 
@@ -14,8 +14,8 @@ from common import dist
 from common.errors import UserError, warn
 from common.metrics import MetricsLog
 from common.report import write_report
-from common.run_dir import RunDir
-from models.checkpoint import load_pretrained, save_pretrained
+from common.run_dir import STATE_FILE, RunDir
+from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
 from train.loop import Trainer
 
 REPORT_EVERY_SECONDS = 20.0
@@ -24,8 +24,13 @@ REPORT_EVERY_SECONDS = 20.0
 class Run:
     """One run directory and what works in it. RL (rl.py) and SFT (train/sft.py) each hold one."""
 
-    def __init__(self, config: Any, total_steps: int, temperature: float) -> None:
-        """total_steps: of the run; temperature: that the trained tokens were sampled under."""
+    def __init__(
+        self, config: Any, total_steps: int, temperature: float, check: Callable[[Pretrained], None] = lambda model: None
+    ) -> None:
+        """total_steps: of the run; temperature: that the trained tokens were sampled under.
+
+        check: what the job asks of its model, called before the weights are read. Until `resume` nothing is written.
+        """
         self.config, self.total_steps = config, total_steps
         self.accelerator = dist.make_accelerator(config)
         self.is_main = self.accelerator.is_main_process
@@ -33,18 +38,23 @@ class Run:
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
-                self.directory.open(config, config.experiment.start_from_scratch)
-        self.model = self.load_model()
+                self.directory.check(config)
+        self.model = self.load_model(check)
         self.trainer = Trainer(self.model, config, self.accelerator, temperature)
-        self.metrics = MetricsLog(self.directory.path, config, self.is_main)
+        self.metrics: MetricsLog | None = None
         self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0
         """The last finished step."""
         self._report_at = time.monotonic()
 
-    def load_model(self):
+    def load_model(self, check: Callable[[Pretrained], None] = lambda model: None) -> Pretrained:
         """The model the run starts from (also the frozen reference of a KL term)."""
         config = self.config
+
+        def check_all(model: Pretrained) -> None:
+            check_tokenizer(model)
+            check(model)
+
         with dist.main_first(self.accelerator):  # the first downloads, the others find it in the cache
             return load_pretrained(
                 config.model.pretrained_model,
@@ -52,35 +62,43 @@ class Run:
                 dist.weights_dtype(config),
                 self.accelerator.device,
                 seed=config.training.seed,
+                check=check_all,
             )
 
     # -- resume
 
-    def resume(self) -> dict[str, Any]:
-        """Go on from the newest state, if there is one; returns what `save_state` was given with it ({} at a fresh start)."""
+    def resume(self, restore: Callable[[dict[str, Any]], None] = lambda extra: None) -> None:
+        """Go on from the newest state, if there is one, and write from now on.
+
+        restore: called with what `save_state` was given; where it raises, the run directory is as it was.
+        """
         folder = dist.broadcast_object(self.accelerator, self.directory.latest_state())
-        extra: dict[str, Any] = {}
-        if folder is not None:
-            saved = json.loads((folder / "run.json").read_text())
+        saved = dist.broadcast_object(self.accelerator, self.directory.read_state())
+        if saved is not None:
             if saved["num_processes"] != self.accelerator.num_processes:
                 raise UserError(
                     f"{folder}: written by {saved['num_processes']} processes, these are {self.accelerator.num_processes}: "
                     f"go on with experiment.num_processes={saved['num_processes']}"
                 )
+            restore(saved["extra"])
             self.accelerator.load_state(str(folder))
-            self.step, self.trainer.num_steps, extra = saved["step"], saved["num_optimizer_steps"], saved["extra"]
-            if self.is_main:
+            self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
+            if self.is_main and not saved["finished"]:
                 print(f"going on with {self.directory.path} behind step {self.step}", flush=True)
         started_at = self.config.experiment.current_epoch
         if started_at > 1 and started_at != self.step + 1:
             warn(f"experiment.current_epoch is {started_at}, the run's state says {self.step + 1}: the state is followed")
+        with dist.main_first(self.accelerator):
+            if self.is_main:
+                self.directory.create(self.config)
+        self.metrics = MetricsLog(self.directory.path, self.config, self.is_main)
         self.metrics.truncate_after(self.step)
-        return extra
 
     def save_state(self, extra: dict[str, Any]) -> None:
         """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
         saved = {
             "step": self.step,
+            "finished": self.step == self.total_steps,
             "num_optimizer_steps": self.trainer.num_steps,
             "num_processes": self.accelerator.num_processes,
             "extra": extra,
@@ -90,7 +108,7 @@ class Run:
             # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
             self.accelerator.save_state(str(folder), safe_serialization=False)
             if self.is_main:
-                (folder / "run.json").write_text(json.dumps(saved))
+                (folder / STATE_FILE).write_text(json.dumps(saved), encoding="utf-8")
 
         self.directory.write_state(self.step, write, self.is_main, lambda: dist.barrier(self.accelerator))
 
@@ -124,11 +142,11 @@ class Run:
         self.metrics.line(self.step, self.total_steps, metrics)
         if self.step % experiment.save_every == 0 or is_last:
             self.save_checkpoint(self.config.model.optimized_name, f"step-{self.step}")
-        if self.step % experiment.save_state_every == 0 or is_last:
-            self.save_state(extra)
         if self.is_main and (is_last or time.monotonic() - self._report_at > REPORT_EVERY_SECONDS):
             write_report(self.directory.path)
             self._report_at = time.monotonic()
+        if self.step % experiment.save_state_every == 0 or is_last:
+            self.save_state(extra)
 
     def device_metrics(self) -> dict[str, float]:
         """Seconds of every phase of the step (the slowest rank's) and the peak memory since the last call."""
@@ -139,8 +157,15 @@ class Run:
             torch.cuda.reset_peak_memory_stats()
         return metrics
 
+    def say_goodbye(self) -> None:
+        if self.is_main:
+            print(self.directory.goodbye(self.config), flush=True)
+
     def close(self) -> None:
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
+
+
 
 
 def set_numerics(config: Any, device: torch.device) -> None:

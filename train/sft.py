@@ -9,6 +9,10 @@ import numpy as np
 
 from common.errors import UserError, entry_point
 from common.launch import launch, needs_launch
+from common.records import Task
+from common.run_dir import is_over
+from data.sft import SFTRecord, load_sft
+from data.tasks import load_tasks
 from train.methods import METHODS
 from train.traces import TRACES, Response
 
@@ -19,16 +23,27 @@ def main(argv: list[str] | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("sft", argv)
+    if is_over(config):
+        return
+    records, eval_tasks = load_data(config)
     if needs_launch(config):
         launch(config, sys.argv[0], argv)
-    sft = SFTRun(config)
+    sft = SFTRun(config, records, eval_tasks)
     try:
         while sft.run.step < sft.run.total_steps:
             sft.update(sft.run.step + 1)
             sft.evaluate(sft.run.step + 1)
             sft.finish()
+        sft.run.say_goodbye()
     finally:
         sft.close()
+
+
+def load_data(config: Any) -> tuple[list[SFTRecord], list[Task] | None]:
+    """The records to finetune on, and the tasks to evaluate on: before anything long, so that mistakes in them show at once."""
+    records = load_sft(config.dataset.optimization_data, config.dataset.data_type)
+    evaluates = config.evaluation.if_eval and config.dataset.eval_dataset
+    return records, load_tasks(config.dataset.eval_dataset, config.dataset.data_type) if evaluates else None
 
 
 def as_response(prompt_ids: list[int], response_ids: list[int], step_map: list[int] | None, fill_id: int, block_size: int, max_response: int) -> Response:
@@ -50,8 +65,8 @@ def as_response(prompt_ids: list[int], response_ids: list[int], step_map: list[i
 class SFTRun:
     """One finetuning run. Torch is imported here, behind the checks of the config."""
 
-    def __init__(self, config: Any) -> None:
-        from data.sft import load_sft
+    def __init__(self, config: Any, records: list[SFTRecord], eval_tasks: list[Task] | None) -> None:
+        from eval import Evaluator
         from train.objectives import OBJECTIVES
         from train.run import Run
 
@@ -63,18 +78,21 @@ class SFTRun:
             raise UserError(f"training.method: {training.method} is for {method.stage}, this is sft: choose {' or '.join(choices)}")
         self.trace = TRACES.get(method.trace)
         self.objective = OBJECTIVES.get(training.objective or method.objective, "training.objective")
-        records = load_sft(config.dataset.optimization_data, config.dataset.data_type)
         per_epoch = -(-len(records) // training.batch_size)
-        self.run = Run(config, training.max_steps or training.num_train_epochs * per_epoch, temperature=1.0)
+        check = (lambda model: None) if eval_tasks is None else (lambda model: Evaluator.check(config, model))
+        self.run = Run(config, training.max_steps or training.num_train_epochs * per_epoch, temperature=1.0, check=check)
         self.responses = self.build_responses(records)
         self.evaluator = None
-        if config.dataset.eval_dataset and config.evaluation.if_eval:
-            self.evaluator = self.build_evaluator()
+        if eval_tasks is not None:
+            self.evaluator = self.build_evaluator(eval_tasks)
         self.step_metrics: dict[str, float] = {}
-        extra = self.run.resume()
-        self.is_solved = extra.get("is_solved", False)
+        self.is_solved = False
+        self.run.resume(self.restore)
         if self.is_solved:
             self.run.total_steps = self.run.step
+
+    def restore(self, extra: dict[str, Any]) -> None:
+        self.is_solved = extra["is_solved"]
 
     def build_responses(self, records: list[Any]) -> list[Response]:
         from data.prompts import encode, render_chat
@@ -100,13 +118,15 @@ class SFTRun:
             raise UserError(f"{self.config.dataset.optimization_data}: every prompt is longer than training.max_prompt_len: raise it")
         return responses
 
-    def build_evaluator(self) -> Any:
+    def build_evaluator(self, tasks: list[Task]) -> Any:
         from eval import Evaluator
         from sample.engine import build_engine
+        from train.engine_weights import EngineWeights
 
         model = self.run.model
-        engine = build_engine(model.decoder, model.family, max_active=self.config.rollout.max_active)
-        return Evaluator(self.config, model, engine, self.run.accelerator)
+        self.engine_weights = EngineWeights(self.run.accelerator, model)
+        engine = build_engine(self.engine_weights.decoder, model.family, max_active=self.config.rollout.max_active)
+        return Evaluator(self.config, model, engine, self.run.accelerator, tasks)
 
     def batch(self, step: int) -> list[int]:
         """Records of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
@@ -144,6 +164,7 @@ class SFTRun:
         if self.evaluator is None or (step % training.eval_every and step != self.run.total_steps):
             return
         with self.run.phase("evaluation"):
+            self.engine_weights.refresh(self.run.trainer.num_steps)
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()

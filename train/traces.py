@@ -1,7 +1,8 @@
-"""Trace methods: from a response to its slices. What is masked, and which tokens each slice trains.
+"""From a response to its slices: what is masked, and which tokens each slice trains.
 
-A slice is one block as the model saw it at one step. A trace method is a function of one response that says, for every slice,
-which block it is, which tokens are hidden and which are predicted; train/packing.py does the rest. Nothing here imports torch.
+A slice is one block as the model saw it at one step. A trace method (a file in train/methods) is a function of one response that
+says, for every slice, which block it is, which tokens are hidden and which are predicted; train/packing.py does the rest.
+Nothing here imports torch.
 
 Shapes: S slices, B block size, W = number of blocks that hold a response token.
 """
@@ -118,11 +119,6 @@ def dense_rank(values: np.ndarray) -> np.ndarray:
     return ranks
 
 
-def collapsed_ranks(steps: np.ndarray, shrink: int) -> np.ndarray:
-    """The distinct steps of each row, sorted and joined `shrink` at a time -> the rank of each token's group, from 0."""
-    return dense_rank(steps) // shrink
-
-
 def limit_pads(predicted: np.ndarray, rank: np.ndarray, is_pad: np.ndarray, post_num: int | None) -> np.ndarray:
     """Of every row (all slices of one rank, in order of position) train only the first `post_num` pads; None: all of them.
 
@@ -137,49 +133,3 @@ def limit_pads(predicted: np.ndarray, rank: np.ndarray, is_pad: np.ndarray, post
         too_many = pads & (pads.ravel().cumsum().reshape(pads.shape) > post_num)
         predicted[rows] &= ~too_many
     return predicted
-
-
-@TRACES.register("trace")
-def trace_slices(response: Response, block_size: int, training: Any, generator: np.random.Generator) -> Trace:
-    """TraceRL (arXiv 2509.06949): along the steps in which the response was unmasked.
-
-    Within a block the distinct steps are sorted and joined `training.shrink` at a time. The slice of (block, k) hides every
-    token of rank >= k and predicts those of rank k: what the model saw, and what it chose, at that step.
-    """
-    if response.step_map is None:
-        raise UserError("training.method: it needs a step map and the data has none: sample one, or choose semi-ar")
-    grid = lay_out(response, block_size)
-    steps = np.where(response.step_map > 0, response.step_map, NEVER).astype(np.int64)
-    # Prompt tokens are step 0, before all others: rank 0 in their block, taken off again.
-    steps = grid.lay(steps, 0)
-    has_prompt = ~grid.is_response.all(axis=1, keepdims=True)
-    distinct = np.where(grid.is_response, dense_rank(steps) - has_prompt, -1)
-    rank = np.where(distinct >= 0, distinct // training.shrink, -1)  # [W, B], -1 = prompt
-    revealed = (steps != NEVER) & grid.is_response
-    num_ranks = int(rank.max()) + 1
-    k = np.arange(num_ranks)[None, :, None]
-    hidden = rank[:, None] >= k  # [W, R, B]
-    predicted = (rank[:, None] == k) & (revealed & grid.trained)[:, None]
-    block = np.broadcast_to(np.arange(len(rank))[:, None], hidden.shape[:2])
-    slice_rank = np.broadcast_to(k[..., 0], hidden.shape[:2])
-    exists = predicted.any(axis=2)
-    hidden, predicted, block, slice_rank = hidden[exists], predicted[exists], block[exists], slice_rank[exists]
-    predicted = limit_pads(predicted, slice_rank, grid.is_pad[block], training.post_num)
-    return Trace(block + grid.first_block, hidden, predicted, slice_rank).nonempty()
-
-
-@TRACES.register("random_mask")
-def random_mask_slices(response: Response, block_size: int, training: Any, generator: np.random.Generator) -> Trace:
-    """Semi-autoregressive masking: in every block a ratio from [lower_p, upper_p] of the response tokens is hidden and predicted.
-
-    `training.mask_times_per_sample` independent masks per response; each is one rank.
-    """
-    grid = lay_out(response, block_size)
-    num_blocks, times = len(grid.is_response), training.mask_times_per_sample
-    ratio = generator.uniform(training.lower_p, training.upper_p, size=(times, num_blocks, 1))
-    hidden = (generator.random((times, num_blocks, block_size)) < ratio) & grid.is_response
-    rank = np.repeat(np.arange(times), num_blocks)
-    block = np.tile(np.arange(num_blocks), times)
-    hidden = hidden.reshape(-1, block_size)
-    predicted = limit_pads(hidden & grid.trained[block], rank, grid.is_pad[block], training.post_num)
-    return Trace(block + grid.first_block, hidden, predicted, rank).nonempty()

@@ -33,11 +33,9 @@ def settings(**changes) -> SamplingSettings:
 
 def assert_same(ours: Rollout, theirs: Rollout, tolerance: float = 1e-5) -> None:
     for name in ["logprobs", "entropy"]:
-        torch.testing.assert_close(
-            torch.tensor(getattr(ours, name)), torch.tensor(getattr(theirs, name)), atol=tolerance, rtol=0, msg=lambda m: f"{name}: {m}"
-        )
-    exact = [dataclasses.replace(r, logprobs=[0.0] * len(r.response_ids), entropy=[0.0] * len(r.response_ids)) for r in (ours, theirs)]
-    assert exact[0] == exact[1]
+        assert getattr(ours, name) == pytest.approx(getattr(theirs, name), abs=tolerance, rel=0), name
+    floats = dict(logprobs=[0.0] * len(ours.response_ids), entropy=[0.0] * len(ours.response_ids))
+    assert dataclasses.replace(ours, **floats) == dataclasses.replace(theirs, **floats)
 
 
 @pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"])

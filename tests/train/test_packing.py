@@ -11,10 +11,11 @@ import torch
 from models.attention import TokenIds, allowed, dense_mask, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
+from train.methods.tracerl import trace_slices
 from train.objectives import token_weights
 from train.packing import assign, build_document, build_pack, number, split_long, split_rows
 from train.policy import Policy
-from train.traces import Response, trace_slices
+from train.traces import Response
 
 TRAINING = SimpleNamespace(shrink=1, post_num=None)
 

@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
-from train.traces import Response, collapsed_ranks, dense_rank, limit_pads, random_mask_slices, trace_slices
+from train.methods.coupled import coupled_mask_slices
+from train.methods.random_masking import random_mask_slices
+from train.methods.tracerl import trace_slices
+from train.traces import Response, dense_rank, limit_pads
 
 
 def training(**changes):
@@ -34,10 +37,8 @@ def show(trace):
     ]
 
 
-def test_dense_rank_and_collapse():
-    steps = np.array([[7, 3, 3, 9], [5, 5, 5, 5]])
-    assert dense_rank(steps).tolist() == [[1, 0, 0, 2], [0, 0, 0, 0]]
-    assert collapsed_ranks(steps, 2).tolist() == [[0, 0, 0, 1], [0, 0, 0, 0]]
+def test_dense_rank():
+    assert dense_rank(np.array([[7, 3, 3, 9], [5, 5, 5, 5]])).tolist() == [[1, 0, 0, 2], [0, 0, 0, 0]]
 
 
 def test_every_step_of_every_block_is_a_slice():
@@ -108,3 +109,12 @@ def test_a_response_that_ends_inside_a_block_is_refused():
 def test_a_missing_step_map_is_refused():
     with pytest.raises(UserError, match="step map"):
         trace_slices(Response(np.arange(4), np.arange(4), 4), 4, training(), None)
+
+
+def test_a_coupled_pair_predicts_every_token_once():
+    r = response(6, [1] * 10, num_trained=9)
+    trace = coupled_mask_slices(r, 4, training(mask_times_per_sample=3), np.random.default_rng(1))
+    for pair in range(3):
+        own = trace.select(trace.rank // 2 == pair)
+        positions = (own.block[:, None] * 4 + np.arange(4))[own.predicted]
+        assert sorted(positions - 6) == list(range(9))

@@ -1,0 +1,72 @@
+"""Replacing what others may be reading: a directory changes as a whole, or not at all."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import shutil
+from pathlib import Path
+
+_AT_FDCWD = -100  # fcntl.h
+_RENAME_EXCHANGE = 2  # linux/fs.h
+_CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
+"""What a kernel or file system answers (NFS, some of FUSE) that exchanges no names; EPERM: forbidden by a sandbox."""
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths of one file system swap what they name, in one instant; False where that cannot be done here."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if renameat2 is None:  # not Linux, or a C library from before 2018
+        return False
+    if renameat2(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in _CANNOT:
+        return False
+    raise OSError(number, os.strerror(number), str(one), None, str(other))
+
+
+def replace_directory(new: Path, folder: Path) -> None:
+    """Move the directory `new` to `folder`, in the place of the one there may be.
+
+    Whoever opens `folder` finds the old one or the new one, whole, at every instant. Where the file system cannot exchange names
+    there is an instant between two renames in which `folder` is missing; `recover_directories` mends a kill in it.
+    """
+    if not folder.exists():
+        new.rename(folder)
+    elif exchange(new, folder):
+        shutil.rmtree(new)  # the old one by now
+        return
+    else:
+        aside = _aside(folder)
+        shutil.rmtree(aside, ignore_errors=True)
+        folder.rename(aside)
+        new.rename(folder)
+    shutil.rmtree(_aside(folder), ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.old")
+
+
+def recover_directories(parent: Path) -> None:
+    """Clear up in `parent` behind a writer that was killed: a directory without its name gets it back, leftovers go."""
+    if not parent.is_dir():
+        return
+    for aside in parent.glob(".*.old"):
+        folder = aside.with_name(aside.name.removeprefix(".").removesuffix(".old"))
+        if folder.exists():
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            aside.rename(folder)
+    remove_partials(parent)
+
+
+def remove_partials(parent: Path) -> None:
+    """Remove the half-written files and directories (`.NAME.partial`) that a killed writer left in `parent`."""
+    for partial in parent.glob(".*.partial"):
+        if partial.is_dir():
+            shutil.rmtree(partial, ignore_errors=True)
+        else:
+            partial.unlink(missing_ok=True)

@@ -1,0 +1,132 @@
+"""With the weights unchanged the trainer's log-prob of every revealed token is the engine's, whatever was sampled and how."""
+
+from __future__ import annotations
+
+import itertools
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from common.records import Rollout
+from models.checkpoint import Pretrained
+from sample.registry import TARGETS, UNMASKING
+from tests.train.steps import STOP_IDS, requests_of_every_remainder, sample, tiny_model
+from train.packing import build_document, build_pack, number
+from train.policy import Policy
+from train.rl import as_response, gather_tokens
+from train.traces import TRACES
+
+TOLERANCE = 1e-4  # what is promised, nats; what float32 gives is about 1e-6
+ALL = 1000  # longer than any response here
+BLOCK_SIZES = (1, 2, 4, 8, 16)
+
+MODELS: list[dict[str, Any]] = [
+    {},
+    {"attention_bias": True, "num_key_value_heads": 4},
+    {"tie_word_embeddings": True, "num_hidden_layers": 3},
+    {"num_key_value_heads": 1, "hidden_size": 48, "head_dim": 8, "vocab_size": 28},
+]
+SAMPLING: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5},
+    {"temperature": 0.0},
+    {"temperature": 1.3, "top_p": 0.8, "confidence": "filtered"},
+    {"temperature": 0.7, "greedy": True},
+    {"temperature": 0.5, "top_k": 12, "top_p": 0.9},
+    {"temperature": 2.0, "steps_per_block": 1},
+]
+
+
+def trained(model: Pretrained, rollouts: list[Rollout], temperature: float, max_response: int = ALL):
+    """(predictions, log-probs, entropies) of the trainer, by the way that an update goes."""
+    documents = []
+    for index, rollout in enumerate(rollouts):
+        response = as_response(rollout, max_response, rollout.block_size, model.fill_id)
+        trace = TRACES.get("trace")(response, rollout.block_size, SimpleNamespace(shrink=1, post_num=None), None)
+        documents.append(build_document(index, response, trace, rollout.block_size))
+    predictions = number(documents)
+    pack = build_pack(documents, model.mask_id, logit_shift=model.family.logit_shift)
+    assert torch.equal(pack.prediction, torch.arange(len(predictions)))
+    with torch.no_grad():
+        logprobs, entropy = Policy(model.decoder, model.forbidden_ids, temperature)(pack)
+    return predictions, logprobs.numpy(), entropy.numpy()
+
+
+def gaps(model: Pretrained, rollouts: list[Rollout], temperature: float, max_response: int = ALL) -> tuple[float, float]:
+    """Largest differences of log-prob and of entropy; every token up to the stop must have been compared, once."""
+    predictions, logprobs, entropy = trained(model, rollouts, temperature, max_response)
+    compared = sorted(zip(predictions.response.tolist(), predictions.offset.tolist(), strict=True))
+    lengths = [min(r.num_response, max_response) for r in rollouts]
+    assert compared == [(i, offset) for i, length in enumerate(lengths) for offset in range(length)]
+    logprob_gap = np.abs(logprobs - gather_tokens([r.logprobs for r in rollouts], predictions)).max()
+    entropy_gap = np.abs(entropy - gather_tokens([r.entropy for r in rollouts], predictions)).max()
+    return float(logprob_gap), float(entropy_gap)
+
+
+@pytest.fixture(scope="module")
+def models():
+    """By block size and kind."""
+    built = {}
+
+    def get(block_size: int, kind: int) -> Pretrained:
+        if (block_size, kind) not in built:
+            built[block_size, kind] = tiny_model(10 * block_size + kind, block_size=block_size, **MODELS[kind])
+        return built[block_size, kind]
+
+    return get
+
+
+@pytest.mark.parametrize("block_size", BLOCK_SIZES)
+def test_every_strategy_and_target(block_size, models, record_property):
+    """Prompts of every remainder; model, temperature, filters, length and schedule change from one combination to the next."""
+    largest, finishes, stops_inside, prompt_inside = (0.0, 0.0), set(), 0, 0
+    steps_seen = set()
+    for case, (strategy, target) in enumerate(itertools.product(UNMASKING, TARGETS)):
+        settings = {
+            "strategy": strategy,
+            "target": target,
+            "block_size": block_size,
+            "max_tokens": 2 * block_size + 1 + case % 5,  # a multiple of the block now and then
+            "threshold": 0.3,
+            "entropy_bound": 2.5,
+            "steps_per_block": None if case % 3 else max(1, block_size // 3),
+            "seed": case,
+            **SAMPLING[case % len(SAMPLING)],
+        }
+        model = models(block_size, case % len(MODELS))
+        # Fewer slots than sequences: some are admitted while others are under way.
+        rollouts = sample(model, requests_of_every_remainder(block_size, seed=case), max_active=block_size, **settings)
+        found = gaps(model, rollouts, settings["temperature"])
+        assert max(found) < TOLERANCE, f"{settings}: log-prob {found[0]:.1e}, entropy {found[1]:.1e}"
+        largest = tuple(map(max, largest, found))
+        finishes |= {r.finish for r in rollouts}
+        stops_inside += sum(r.finish == "stop" and r.num_response < len(r.response_ids) for r in rollouts)
+        prompt_inside += sum(len(r.prompt_ids) % block_size > 0 for r in rollouts)
+        steps_seen |= {n for r in rollouts for n in np.unique(r.step_map, return_counts=True)[1].tolist()}
+    print(f"block size {block_size}: largest difference of log-probs {largest[0]:.1e}, of entropies {largest[1]:.1e}")
+    record_property("largest_gap", largest)
+    # The cases were there: both ends, tokens behind a stop, prompts that end inside a block, several tokens at a step.
+    assert finishes == {"stop", "length"}
+    assert block_size == 1 or stops_inside and prompt_inside and len(steps_seen) > 1
+
+
+@pytest.mark.parametrize("max_response", [1, 5, 9])
+def test_a_response_that_is_cut_for_training(models, max_response):
+    """`training.max_gen_length` below what was sampled: the first tokens are trained, the slices show what the engine saw."""
+    model = models(4, 1)
+    rollouts = sample(model, requests_of_every_remainder(4, seed=1), block_size=4, max_tokens=12, temperature=0.7)
+    assert max(gaps(model, rollouts, 0.7, max_response)) < TOLERANCE
+
+
+def test_tokens_behind_the_stop_are_seen_and_not_trained(models):
+    """Log-probs of tokens before a stop depend on the tokens behind it in their block: leaving those out would be noticed."""
+    model = models(8, 0)
+    rollouts = sample(model, requests_of_every_remainder(8, seed=2), block_size=8, max_tokens=24, strategy="low_confidence_static")
+    cut = [r for r in rollouts if r.finish == "stop" and r.num_response % 8 != 0 and len(r.response_ids) - r.num_response >= 2]
+    assert cut and all(r.response_ids[r.num_response - 1] in STOP_IDS for r in cut)
+    assert max(gaps(model, cut, 1.0)) < TOLERANCE
+    blind = [Rollout(**{**vars(r), "step_map": r.step_map[: r.num_response] + [0] * (len(r.step_map) - r.num_response)}) for r in cut]
+    assert gaps(model, blind, 1.0)[0] > 100 * TOLERANCE
