@@ -31,7 +31,8 @@ def call(script: str, *arguments: str, quiet: bool) -> float:
     command = [sys.executable, script, *arguments]
     if not quiet:
         print(f"\n$ python {' '.join(command[1:])}", flush=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL if quiet else None)
     if result.returncode:
         sys.exit(result.returncode)

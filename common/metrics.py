@@ -6,6 +6,7 @@ Keys are flat, `group/name`:
     train/*    loss, kl, clip_fraction, ratio_max, ratio_min, gradient_norm, learning_rate
     gap/*      logprob_mean, logprob_max, k3: engine against trainer
     eval/NAME/accuracy, ...
+    judge/*    what the judge was asked and said (docs/judge.md)
     time/*     seconds of a phase;  rate/*  tokens per second;  memory/*  GiB
 
 `metrics.jsonl` in the run directory holds one line per step, {"step": N, key: number, ...}. A step may have a second line
@@ -32,11 +33,11 @@ from common.records import Rollout, ScoredRollout, write_jsonl
 from common.step_line import Clock, fit_line, line_fields
 
 METRICS_FILE = "metrics.jsonl"
-VARYING_GROUPS = ("time/", "rate/", "memory/")
+VARYING_GROUPS = ("time/", "rate/", "memory/", "judge/")
 
 
 def is_deterministic(key: str) -> bool:
-    """Whether a resumed run must show the same value as an unbroken one: all but times, rates and memory."""
+    """Whether a resumed run must show the same value as an unbroken one: all but times, rates, memory and the judge's work."""
     return not key.startswith(VARYING_GROUPS)
 
 

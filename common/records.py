@@ -75,6 +75,8 @@ class ScoredRollout(Rollout):
     """Group-normalised reward of the response; objectives may replace it per token (value model)."""
     dropped: str | None = None
     """Why the response is not trained on ("too easy", "too hard", "prompt too long"); None: it is."""
+    outcome: float = 0.0
+    """With token_rewards: what falls on the tokens of the last step beside them. Without: `reward` is all, and falls there."""
 
 
 def write_jsonl(path: str | os.PathLike, records: Iterable[Any]) -> None:

@@ -34,6 +34,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         evaluation.num_response_per_task
         execute.num_chunk
         reward.num_workers reward.timeout_seconds
+        reward.judge.concurrency reward.judge.timeout_seconds
         training.shrink training.block_size training.mask_times_per_sample training.max_gen_length training.max_prompt_len
         training.eps training.eps_high training.importance_cap training.num_updates_per_step training.num_train_epochs
         training.batch_size_lm training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk
@@ -48,6 +49,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """
         experiment.node_index
         rollout.reward_model.temperature
+        reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
         reward.overlong_margin
         training.post_num training.beta training.seed
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
@@ -105,6 +107,8 @@ def check(config: Config, job: str) -> None:
     _check_evaluation(config)
     _check_decoding(config)
     _check_training(config)
+    if job != "sft":
+        _check_judge(config)
     if job == "rl":
         _check_rl(config)
     if job == "sft":
@@ -232,6 +236,27 @@ def _check_training(config: Config) -> None:
             f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
             "without model.value_base_model they are one setting, give only one of them"
         )
+
+
+def _check_judge(config: Config) -> None:
+    from reward.judge_client import split_url
+
+    judge, lengths = config.reward.judge, config.rollout.reward_model
+    if judge.base_url is None and config.model.process_reward_model is None:
+        if config.dataset.data_type == "judge":
+            raise UserError(
+                "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.process_reward_model"
+            )
+        return
+    if judge.base_url is not None:
+        split_url(judge.base_url)
+    if lengths.max_generation_token >= lengths.max_model_len:
+        raise UserError(
+            f"rollout.reward_model.max_generation_token: got {lengths.max_generation_token}, must be below max_model_len, "
+            f"which is {lengths.max_model_len}: the judge has to read something"
+        )
+    if judge.weight == 0:
+        raise UserError("reward.judge.weight: got 0.0, but there is a judge: leave it out, or give it a weight")
 
 
 def _check_rl(config: Config) -> None:

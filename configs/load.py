@@ -324,6 +324,11 @@ MAY_CHANGE = (
     "experiment.num_node",
     "experiment.node_index",
     "experiment.num_processes",
+    "reward.judge.base_url",
+    "reward.judge.api_key_env",
+    "reward.judge.concurrency",
+    "reward.judge.timeout_seconds",
+    "reward.judge.retry_seconds",
     "wandb.",
     "logging.",
 )
@@ -333,7 +338,8 @@ def config_difference(saved: str, config: Config) -> list[str]:
     """Settings in which a run directory's config.yaml (its text) and `config` differ: "training.eps: 0.2 there, 0.3 here".
 
     Ignored, because a run may go on with others: experiment.{start_from_scratch, current_epoch, num_node, node_index,
-    num_processes}, wandb.*, logging.*. A setting that the file does not have counts as its default.
+    num_processes}, where and how patiently the judge is asked, wandb.*, logging.*. A setting that the file does not have
+    counts as its default.
     """
     there = flatten(OmegaConf.to_container(OmegaConf.load(io.StringIO(saved))))
     here = flatten(dataclasses.asdict(config))

@@ -63,7 +63,7 @@ class Model:
     value_base_model: str | None = None
     """Given: use a value model, initialised from this checkpoint with a zero head."""
     process_reward_model: str | None = None
-    """Given: a language model that grades solutions chunk by chunk."""
+    """Given: a language model that grades solutions chunk by chunk. See reward.judge, where it may run as a server instead."""
     vq_model_path: str | None = None
     """MMaDA: the image tokenizer."""
     image_resolution: int = 512
@@ -81,7 +81,7 @@ class Dataset:
     optimization_data: str | None = None
     """Data of supervised finetuning (required there)."""
     data_type: str = "math"
-    """How answers are scored, a name in reward/registry.py: math, exact, ..."""
+    """How answers are scored, a name in reward/registry.py: math, exact, ... (judge: by reward.judge alone)."""
     image_root: str | None = None
     """Folder that image paths start from."""
     add_think_prompt: bool = False
@@ -197,6 +197,41 @@ class Execute:
 
 
 @dataclass
+class Judge:
+    """The language model that grades responses: an endpoint (base_url), or model.process_reward_model run here. It adds to the
+    reward of dataset.data_type. Lengths and number of judgements: rollout.reward_model."""
+
+    base_url: str | None = None
+    """Address of an OpenAI-compatible endpoint, http://host:8000/v1. Null and model.process_reward_model given: run that here."""
+    model: str | None = None
+    """The endpoint's name of the model; null: model.process_reward_model, or the only one that it serves."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the endpoint's key."""
+    granularity: Literal["chunk", "response"] = "chunk"
+    """chunk: every rollout.reward_model.reward_chunk_length tokens (process reward). response: the whole at once (RLHF)."""
+    aggregate: Literal["mean", "agreement"] = "mean"
+    """Of the k_sample judgements: their mean; or their mean where all are on the same side of neutral, else neutral."""
+    weight: float = 1.0
+    """Of the judge's score, from -1 to 1, in the reward."""
+    outcome_weight: float = 1.0
+    """Of the reward of dataset.data_type, where there is a judge. 0: it only counts what is right."""
+    per_step: bool = True
+    """Token rewards are scores / number of denoising steps, so that returns do not grow with it. False: bare scores."""
+    rubric: str | None = None
+    """What to grade by, in words; null: correctness and progress (chunk), or correctness and helpfulness (response)."""
+    show_answer: bool = False
+    """Show the expected answer to the judge."""
+    concurrency: int = 32
+    """Requests in flight, all processes together. Judge run here: responses graded at a time, per process."""
+    timeout_seconds: float = 600.0
+    """Time limit of one request."""
+    retry_seconds: float = 600.0
+    """How long to go on trying while the endpoint answers nothing at all; then the run ends, and can go on later."""
+    nonsense_retries: int = 2
+    """How often to ask again where a reply holds no verdict; then it counts as no judgement."""
+
+
+@dataclass
 class Reward:
     """From responses to rewards."""
 
@@ -214,6 +249,7 @@ class Reward:
     """Multimodal: only a boxed answer counts."""
     strict_len_check: bool = False
     """Multimodal: over-long answers score 0."""
+    judge: Judge = field(default_factory=Judge)
 
 
 @dataclass

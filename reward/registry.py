@@ -48,6 +48,8 @@ class Score:
     """Process reward: one number per response token."""
     note: str | None = None
     """Why, where it is not plain: "no boxed answer", "checker timed out"."""
+    outcome: float = 0.0
+    """With token_rewards: the part of the reward that is not in them, and belongs to the last denoising step."""
 
 
 class Reward:
@@ -61,6 +63,9 @@ class Reward:
     """True: the prompt is a chat turn in the model's format; False: the question verbatim."""
     filter_by_solve_rate: ClassVar[bool] = True
     """False: groups are dropped only where all their rewards are equal (rewards with many values, such as tests passed)."""
+
+    has_outcome: ClassVar[bool] = True
+    """False: nothing but a judge scores (reward/judge.py), in evaluations too."""
 
     def __init__(self, settings: Any = None) -> None:
         """`settings`: the config's `reward` section (num_workers, timeout_seconds, ...)."""
@@ -91,6 +96,14 @@ class Reward:
         """One Score per response, in order. Called once per RL step or evaluation, with all of its responses."""
         raise NotImplementedError
 
+    def take_counts(self) -> dict[str, float]:
+        """Sums since the last call, that may be added up over processes: what `metrics` is made of."""
+        return {}
+
+    def metrics(self, counts: dict[str, float] | None = None) -> dict[str, float]:
+        """Numbers for the log, by name (`judge/score`), of `counts`; None: of this process, since the last call."""
+        return {}
+
     def close(self) -> None:
         """End worker processes, if any. Called once; also safe to leave out: workers end with their parent."""
 
@@ -98,6 +111,7 @@ class Reward:
 REWARDS: Registry[type[Reward]] = Registry("reward (dataset.data_type)")
 REWARDS.register("math", "reward.math_reward:MathReward")
 REWARDS.register("exact", "reward.exact:ExactReward")
+REWARDS.register("judge", "reward.judge:NoOutcome")
 
 RewardFunction = Callable[[Task, str, Rollout], "float | bool | Score"]
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function (reward.function)")

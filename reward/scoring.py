@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Mapping, Sequence
 from common.errors import UserError
 from common.records import Rollout, ScoredRollout, Task
 from reward.advantages import filter_groups, group_advantages, is_overlong
+from reward.judge import JudgedReward, judge_is_set
 from reward.registry import Progress, ResponseToScore, Score, make_reward
 
 if TYPE_CHECKING:
@@ -26,7 +27,8 @@ def response_text(rollout: Rollout, tokenizer: Any) -> str:
 def apply_length_rule(score: Score) -> Score:
     """An over-long response counts as wrong: not correct, reward 0 (or what it was, where that is less)."""
     correct = None if score.correct is None else False
-    return dataclasses.replace(score, reward=min(score.reward, 0.0), correct=correct, token_rewards=None, note="over-long")
+    reward = min(score.reward, 0.0)
+    return dataclasses.replace(score, reward=reward, correct=correct, token_rewards=None, outcome=0.0, note="over-long")
 
 
 class Scorer:
@@ -46,6 +48,9 @@ class Scorer:
         self.overlong_margin = config.reward.overlong_margin
         self.advantage = config.training.advantage
         self.reward = make_reward(config.dataset.data_type, config.reward)
+        # An evaluation counts right answers: there the judge is asked only where nothing else scores.
+        if judge_is_set(config) and (decoding is None or not self.reward.has_outcome):
+            self.reward = JudgedReward(self.reward, config, tokenizer, self.is_overlong)
 
     def __enter__(self) -> Scorer:
         return self
@@ -57,6 +62,13 @@ class Scorer:
         """End the reward's worker processes."""
         self.reward.close()
 
+    def is_overlong(self, rollout: Rollout) -> bool:
+        return is_overlong(rollout.num_response, self.max_response, self.overlong_margin)
+
+    def metrics(self) -> dict[str, float]:
+        """The reward's own numbers since the last call, of this process (`metrics_on_all_ranks`: of all)."""
+        return self.reward.metrics()
+
     def score(self, rollouts: Sequence[Rollout], progress: Progress | None = None) -> list[ScoredRollout]:
         """Rollouts in any order -> scored ones in the same order; the responses to one task are a group.
 
@@ -66,7 +78,7 @@ class Scorer:
         scores = self.reward.score(responses, progress) if responses else []
         assert len(scores) == len(rollouts), f"{type(self.reward).__name__} gave {len(scores)} scores for {len(rollouts)} responses"
         scores = [
-            apply_length_rule(score) if is_overlong(rollout.num_response, self.max_response, self.overlong_margin) else score
+            apply_length_rule(score) if self.is_overlong(rollout) else score
             for rollout, score in zip(rollouts, scores)
         ]
 
@@ -81,6 +93,7 @@ class Scorer:
                 reward=score.reward,
                 correct=score.correct,
                 token_rewards=score.token_rewards,
+                outcome=score.outcome,
                 advantage=float(advantage),
                 dropped=reason,
             )
@@ -97,3 +110,14 @@ def score_on_all_ranks(scorer: Scorer, rollouts: Sequence[Rollout], accelerator:
     own = scorer.score([r for r in rollouts if r.task_id in own_tasks])
     scored = {(r.task_id, r.sample): r for share in dist.gather_objects(accelerator, own) for r in share}
     return [scored[r.task_id, r.sample] for r in rollouts]
+
+
+def metrics_on_all_ranks(scorer: Scorer, accelerator: Any) -> dict[str, float]:
+    """`scorer.metrics()` over all processes, the same on each."""
+    from common import dist
+
+    total: dict[str, float] = {}
+    for counts in dist.gather_objects(accelerator, scorer.reward.take_counts()):
+        for name, count in counts.items():
+            total[name] = total.get(name, 0.0) + count
+    return scorer.reward.metrics(total)

@@ -34,7 +34,7 @@ class EngineWeights:
         """Make `decoder` hold the trained weights after `version` optimizer steps. Before every use of it, all ranks together."""
         if not self.sharded or version == self.version:
             return
-        from deepspeed.zero import GatheredParameters
+        from deepspeed.runtime.zero import GatheredParameters
 
         pairs = list(zip(parts(self.trained), parts(self.decoder), strict=True))
         for source, target in pairs:  # one part at a time: no rank ever holds a third copy of the whole

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator
 
 import torch
+from accelerate.utils import set_seed
 
 from common import dist
 from common.errors import UserError, warn
@@ -35,6 +36,7 @@ class Run:
         self.accelerator = dist.make_accelerator(config)
         self.is_main = self.accelerator.is_main_process
         set_numerics(config, self.accelerator.device)
+        set_seed(config.training.seed)  # nothing of ours draws from the global generators, but a plugin may
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
@@ -116,7 +118,11 @@ class Run:
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name."""
-        state = self.accelerator.get_state_dict(self.trainer.policy)
+        policy = self.trainer.policy
+        if dist.uses_deepspeed(self.accelerator):
+            state = self.accelerator.get_state_dict(policy)
+        else:  # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out
+            state = getattr(policy, "module", policy).state_dict()
         if self.is_main:
             prefix = "decoder."
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}

@@ -1,0 +1,167 @@
+"""Training is the same in one process and in two, under DDP and ZeRO: updates to rounding, whole RL runs, engine and checkpoints."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.records import ScoredRollout
+from tests.distributed import training_jobs
+from tests.distributed.harness import run_on_ranks
+from tests.train.steps import error, forget_accelerator, requests_of_every_remainder, sample, scored, tiny_model
+
+TOLERANCE = 1e-6  # of the tensor's largest entry, float32
+
+MODES = {
+    "ddp": [],
+    "zero2": ["experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero2"],
+    "zero3": ["experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero3"],
+}
+SETTINGS = ["rollout.max_token=14", "training.beta=0.1", "training.gradient_checkpointing_enable=true"]
+WHOLE, CUT = ["training.max_tokens_per_microbatch=100000"], ["training.max_tokens_per_microbatch=160"]
+
+
+@pytest.fixture(scope="module")
+def steps() -> list[list[ScoredRollout]]:
+    """The rollouts of three updates: many, of unequal lengths; a single one, so that a rank has nothing; some more."""
+    requests = requests_of_every_remainder(4, seed=8, num_samples=4)
+    rollouts = scored(sample(tiny_model(7), requests, block_size=4, max_tokens=14, strategy="low_confidence_dynamic", threshold=0.4))
+    shortest = min(rollouts, key=lambda r: len(r.response_ids))
+    return [rollouts, [shortest], rollouts[::2]]
+
+
+@pytest.fixture(scope="module")
+def of_one_process(steps) -> dict[str, Any]:
+    record = training_jobs.updates_of(SETTINGS + WHOLE, steps)
+    forget_accelerator()
+    return record
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(steps) -> list[dict[str, dict[str, Any]]]:
+    modes = {name: SETTINGS + CUT + overrides for name, overrides in MODES.items()}
+    return run_on_ranks("tests.distributed.training_jobs:updates", 2, {"modes": modes, "steps": steps})
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_updates_of_two_ranks_equal_those_of_one_process(of_one_process, of_two_ranks, mode):
+    first, second = (result[mode] for result in of_two_ranks)
+    sizes = list(zip(first["pack_sizes"], second["pack_sizes"], strict=True))
+    assert len(sizes[0][0]) == len(sizes[0][1]) > 2 and sizes[0][0] != sizes[0][1]
+    assert sorted(sizes[1])[0] == [0] and max(sizes[1]) != [0], "the second step should leave one rank without data"
+    right = of_one_process
+    for record in (first, second):
+        assert record["num_steps"] == [1, 2, 3], "the optimizer did not step exactly once per update"
+        for step in range(3):
+            assert (record["logprobs"][step] - right["logprobs"][step]).abs().max() < 1e-5
+            loss, expected = record["metrics"][step]["train/loss"], right["metrics"][step]["train/loss"]
+            found = [abs(loss - expected) / max(1.0, abs(expected))]
+            found += [error(record[kind][step], right[kind][step]) for kind in ("gradients", "weights")]
+            print(f"{mode}, step {step}: loss {found[0]:.1e}, gradient {found[1]:.1e}, weights {found[2]:.1e}")
+            # Behind the first step the weights themselves differ by rounding already.
+            assert max(found) < (TOLERANCE if step == 0 else 10 * TOLERANCE), found
+            assert record["metrics"][step] == pytest.approx(right["metrics"][step], rel=2e-5, abs=1e-5)
+    assert first["metrics"] == second["metrics"], "the ranks log different numbers"
+    for step in range(3):
+        assert torch.equal(first["logprobs"][step], second["logprobs"][step])
+        assert error(first["weights"][step], second["weights"][step]) == 0, "the ranks have different weights"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_engine_samples_with_the_trained_weights(of_one_process, of_two_ranks, mode):
+    for result in of_two_ranks:
+        assert result[mode]["sharded"] == (mode == "zero3")
+        for task_id, rollout in result[mode]["sampled"].items():
+            right = of_one_process["sampled"][task_id]
+            assert (rollout.response_ids, rollout.step_map) == (right.response_ids, right.step_map)
+            assert rollout.logprobs == pytest.approx(right.logprobs, abs=1e-4)
+
+
+# -- whole runs
+
+REWARD = """
+def remainder(task, text, rollout):
+    return -(sum(map(ord, text)) % 7)
+"""
+RL_SETTINGS = [
+    "config=configs/rl_tiny.yaml",
+    "model.pretrained_model=tiny-random",
+    "model.prepare_config=null",
+    "experiment.total_step=3",
+    "experiment.eval_every=2",
+    "experiment.save_every=2",
+    "experiment.save_state_every=1",
+    "evaluation.num_response_per_task=1",
+    "rollout.num_task_per_step=6",
+    "rollout.num_response_per_task=4",
+    "training.num_updates_per_step=2",
+    "training.beta=0.02",
+    "training.kl_to=reference",
+    "training.max_tokens_per_microbatch=300",
+    "optimizer.params.learning_rate=3e-3",
+    # AdamW divides by the size of each gradient: with the usual 1e-8 it would blow up the rounding of those that are nearly 0.
+    "optimizer.params.epsilon=1e-3",
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("rl")
+    (folder / "reward.py").write_text(REWARD)
+    (folder / "held_out.json").write_text(json.dumps([{"question": f"s{n}=", "ground_truth_answer": "0"} for n in (10, 532, 9071, 88, 6)]))
+    return folder
+
+
+def command_line(folder: Path, name: str, *overrides: str) -> list[str]:
+    files = [f"reward.function={folder / 'reward.py'}:remainder", f"dataset.eval_dataset={folder / 'held_out.json'}"]
+    return [*RL_SETTINGS, *files, f"experiment.project={folder / name}", *overrides]
+
+
+@pytest.fixture(scope="module")
+def run_of_one_process(folder) -> dict[str, Any]:
+    result = training_jobs.rl_run(command_line(folder, "one"))
+    forget_accelerator()
+    return result
+
+
+@pytest.fixture(scope="module")
+def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
+    runs = {name: {"argv": command_line(folder, name, *overrides)} for name, overrides in MODES.items()}
+    runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}
+    return run_on_ranks("tests.distributed.training_jobs:rl_runs", 2, {"runs": runs})
+
+
+def metrics(folder: Path, name: str) -> list[dict[str, float]]:
+    """metrics.jsonl, without what depends on the clock."""
+    rows = [json.loads(line) for line in (folder / name / "metrics.jsonl").read_text().splitlines()]
+    clock = ("time", "rate/", "memory/", "wall")
+    return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_process, runs_of_two_ranks, mode):
+    right, found = metrics(folder, "one"), metrics(folder, mode)
+    assert len(found) == len(right) == 3
+    assert found[0] == pytest.approx(right[0], rel=1e-4, abs=1e-5)
+    for first, second in zip(found[1:], right[1:], strict=True):  # weights that differ by rounding have sampled these
+        assert first == pytest.approx(second, rel=5e-3, abs=1e-3)
+    assert any(key.startswith("eval/") for key in found[1]) and right[0]["train/num_updates"] == 2
+    start = dict(tiny_model(0, vocab_size=28).decoder.named_parameters())
+    for result in runs_of_two_ranks:
+        own = result[mode]
+        assert own["num_steps"] == run_of_one_process["num_steps"] == 6
+        gap = error(own["weights"], run_of_one_process["weights"])
+        moved = error(own["weights"], {name: start[name].detach() for name in own["weights"]})
+        print(f"{mode}: weights {gap:.1e} of the largest entry apart, {moved:.1e} from the start")
+        assert gap < 1e-5 < 1e-3 < moved
+        assert error(own["checkpoint"], own["weights"]) == 0, "the checkpoint is not what was trained"
+
+
+def test_a_zero3_run_goes_on_where_it_was_broken_off(folder, runs_of_two_ranks):
+    assert metrics(folder, "zero3 broken off") == metrics(folder, "zero3")
+    for result in runs_of_two_ranks:
+        assert error(result["zero3 broken off"]["weights"], result["zero3"]["weights"]) == 0

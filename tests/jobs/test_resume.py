@@ -1,0 +1,233 @@
+"""Killed in any phase and started again, a run ends where the unbroken one ends, bit for bit."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+
+from tests.jobs.conftest import content, listing
+from tests.jobs.fork_server import ForkServer
+
+KILLER = Path(__file__).with_name("killer.py")
+
+COMMON = {
+    "experiment.plugins": f"[{KILLER}]",
+    "experiment.total_step": 6,
+    "experiment.save_every": 3,
+    "dataset.data_type": "digits",
+    "training.num_updates_per_step": 2,
+    "optimizer.params.learning_rate": 1e-2,
+    "lr_scheduler.scheduler": "cosine",
+    "lr_scheduler.params.warmup_steps": 3,
+}
+VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
+    # A state behind every step.
+    "every": ("rl", COMMON),
+    # Two steps are done again from their rollouts; groups are drawn until enough are kept.
+    "third": (
+        "rl",
+        {
+            **COMMON,
+            "experiment.save_state_every": 3,
+            "experiment.save_every": 2,
+            "rollout.resample": "true",
+            "reward.keep_solve_rate": "[0.3,0.7]",
+        },
+    ),
+    "sft": (
+        "sft",
+        {
+            **{key: COMMON[key] for key in COMMON if key not in ("training.num_updates_per_step", "experiment.total_step")},
+            "training.max_steps": 6,
+            "experiment.save_state_every": 2,
+            "dataset.data_type": "exact",
+        },
+    ),
+}
+SCRIPTS = {"rl": "rl.py", "sft": "train/sft_sdar.py"}
+
+Start = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def start(server: ForkServer, settings: Callable[..., list[str]]) -> Start:
+    """start(variant, project, kill_at="", while_running=None, **changes)"""
+
+    def start(variant: str, project: Path, kill_at: str = "", while_running: Any = None, **changes: Any) -> Any:
+        job, own = VARIANTS[variant]
+        env = {"KILL_AT": kill_at, "KILL_MARKER": str(project) + ".killed"} if kill_at else {}
+        return server.run(SCRIPTS[job], settings(job, project, {**own, **changes}), env, while_running=while_running)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """What the unbroken run of a variant left; run once."""
+    known: dict[str, dict[str, Any]] = {}
+
+    def run(variant: str) -> dict[str, Any]:
+        if variant not in known:
+            project = tmp_path_factory.mktemp("unbroken") / "run"
+            job = start(variant, project)
+            assert job.code == 0, job.err
+            known[variant] = content(project)
+        return known[variant]
+
+    return run
+
+
+CASES = [
+    ("every", "rollout:1"),  # before anything was saved
+    ("every", "rollout:4"),
+    ("every", "round_writing:3"),
+    ("every", "reward:3"),
+    ("every", "scored_not_written:3"),
+    ("every", "written_rounds_left:3"),
+    ("every", "update:3"),
+    ("every", "updated:3"),
+    ("every", "evaluation:4"),
+    ("every", "metrics_half_written:3"),
+    ("every", "metrics_not_state:3"),
+    ("every", "checkpoint_half_written:3"),
+    ("every", "checkpoint_half_written:6"),
+    ("every", "checkpoint_before_exchange:6"),
+    ("every", "checkpoint_after_exchange:6"),
+    ("every", "checkpoint_between_renames:6"),
+    ("every", "checkpoint_renamed:6"),
+    ("every", "state_begun:1"),
+    ("every", "state_begun:4"),
+    ("every", "state_without_counters:4"),
+    ("every", "state_not_renamed:4"),
+    ("every", "state_older_left:4"),
+    ("every", "report:6"),
+    ("third", "rollout:2"),
+    ("third", "rollout:5"),
+    ("third", "second_reward:5"),
+    ("third", "scored_not_written:5"),
+    ("third", "updated:6"),
+    ("third", "evaluation:4"),
+    ("third", "checkpoint_half_written:4"),
+    ("third", "state_begun:6"),
+    ("sft", "update:4"),
+    ("sft", "updated:5"),
+    ("sft", "evaluation:4"),
+    ("sft", "checkpoint_half_written:3"),
+    ("sft", "state_begun:4"),
+]
+
+
+@pytest.mark.parametrize("variant, kill_at", CASES, ids=lambda value: value.replace(":", "-"))
+def test_killed_and_started_again(variant: str, kill_at: str, start: Start, unbroken: Any, tmp_path: Path):
+    project = tmp_path / "run"
+    killed = start(variant, project, kill_at)
+    assert killed.code == -signal.SIGKILL, f"was not killed:\n{killed.out}\n{killed.err}"
+    again = start(variant, project, kill_at)
+    assert again.code == 0, again.err
+    expected, found = unbroken(variant), content(project)
+    assert found.keys() == expected.keys()
+    for name in expected:
+        assert found[name] == expected[name], name
+
+
+def test_the_runs_learn_something(unbroken: Any):
+    """Else equality would say little: steps with updates, some with dropped groups, and several rounds where they are asked for."""
+    for variant in ("every", "third"):
+        rows = unbroken(variant)["metrics.jsonl"]
+        assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+        assert sum(row["train/skipped"] for row in rows) == 0
+        assert all(row["train/gradient_norm"] > 0 for row in rows)
+        assert len({row["train/learning_rate"] for row in rows}) == 6
+    third = unbroken("third")["metrics.jsonl"]
+    assert max(row["rollout/dropped_groups"] for row in third) > 0
+    assert max(row["rollout/num_groups"] for row in third) > 4
+
+
+def test_killed_twice_in_one_step(start: Start, unbroken: Any, tmp_path: Path):
+    project = tmp_path / "run"
+    for kill_at in ("second_reward:5", "updated:5"):
+        Path(f"{project}.killed").unlink(missing_ok=True)
+        assert start("third", project, kill_at).code == -signal.SIGKILL
+    assert start("third", project).code == 0
+    assert content(project) == unbroken("third")
+
+
+@pytest.mark.parametrize("variant", ["every", "sft"])
+def test_a_finished_run_says_so(variant: str, start: Start, tmp_path: Path):
+    project = tmp_path / "run"
+    first = start(variant, project)
+    before = listing(project)
+    again = start(variant, project)
+    assert again.code == 0 and again.err == ""
+    assert again.out.splitlines() == [
+        f"finished: weights in {project}/ckpt/optimized, curves in {project}/report.html"
+    ] == first.out.splitlines()[-1:]
+    assert listing(project) == before
+
+
+def test_a_finished_run_goes_on_to_more_steps(start: Start, tmp_path: Path):
+    project = tmp_path / "run"
+    assert start("every", project, **{"experiment.total_step": 2}).code == 0
+    refused = start("every", project, **{"experiment.total_step": 3})
+    assert refused.code == 2 and "experiment.total_step: 2 there, 3 here" in refused.err
+    longer = start("every", project, **{"experiment.total_step": 3, "experiment.start_from_scratch": "false"})
+    assert longer.code == 0, longer.err
+    assert "behind step 2" in longer.out and "step 3/3" in longer.out
+
+
+def test_other_settings_do_not_train_on_old_rollouts(start: Start, tmp_path: Path):
+    """Going on with another config: rollouts beyond the state were drawn by weights that will not come again."""
+    project = tmp_path / "run"
+    assert start("third", project, "updated:6").code == -signal.SIGKILL
+    assert len(list((project / "rollouts").glob("step_00000[456].jsonl"))) == 3
+    changes = {"optimizer.params.learning_rate": 3e-2, "experiment.start_from_scratch": "false"}
+    before = (project / "rollouts" / "step_000005.jsonl").read_bytes()
+    assert start("third", project, **changes).code == 0
+    assert (project / "rollouts" / "step_000005.jsonl").read_bytes() != before
+
+
+def interrupt_in_step(step: int) -> Callable[[int, Path], None]:
+    """Send Ctrl-C once the line of `step` has been printed."""
+    import os
+
+    def watch(pid: int, out: Path) -> None:
+        deadline = time.monotonic() + 60
+        while f"step {step}/" not in (out.read_text() if out.exists() else ""):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        os.kill(pid, signal.SIGINT)
+
+    return watch
+
+
+def test_ctrl_c_ends_cleanly_and_the_run_goes_on(start: Start, unbroken: Any, tmp_path: Path):
+    project = tmp_path / "run"
+    stopped = start("every", project, while_running=interrupt_in_step(2))
+    assert stopped.code == 130
+    assert stopped.error_lines[-1] == "interrupted; start the same command again to go on"
+    assert "Traceback" not in stopped.err
+    again = start("every", project)
+    assert again.code == 0 and "going on with" in again.out
+    assert content(project) == unbroken("every")
+
+
+def test_a_real_process(settings: Callable[..., list[str]], unbroken: Any, tmp_path: Path):
+    """Without the fork server: killed at the shell's command, started again there."""
+    import os
+    import subprocess
+    import sys
+
+    from tests.distributed.harness import ROOT, clean_environment
+
+    project = tmp_path / "run"
+    command = [sys.executable, "rl.py", *settings("rl", project, VARIANTS["every"][1])]
+    killing = clean_environment(KILL_AT="update:3", KILL_MARKER=f"{project}.killed")
+    assert subprocess.run(command, cwd=ROOT, env=killing, capture_output=True).returncode == -signal.SIGKILL
+    again = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert content(project) == unbroken("every")
+    assert os.listdir(tmp_path) == ["run", "run.killed"] or sorted(os.listdir(tmp_path)) == ["run", "run.killed"]

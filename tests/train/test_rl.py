@@ -1,0 +1,180 @@
+"""The whole update of an RL step against a plain loop over (response, block, step): one forward each, formulas written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from common import dist
+from common.records import ScoredRollout
+from models.attention import masked_attention
+from models.checkpoint import Pretrained
+from tests.train.steps import error, forget_accelerator, kept_gradients, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from train.loop import Trainer
+from train.rl import PolicyUpdate, gather_tokens
+
+TOLERANCE = 1e-5
+BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TOKENS = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 11
+WEIGHTINGS = ("reference", "step", "response", "token", "constant")
+
+
+class UpdateWithGivenOld(PolicyUpdate):
+    """Its old log-probs are given, per response token, so that ratios are not 1."""
+
+    given: list[list[float]]
+
+    def before_update(self, *args: Any, **kwargs: Any):
+        predictions, tables = super().before_update(*args, **kwargs)
+        tables.old_logprobs = gather_tokens(self.given, predictions)
+        return predictions, tables
+
+
+@pytest.fixture(scope="module")
+def accelerator():
+    forget_accelerator()
+    yield dist.make_accelerator(rl_config())
+    forget_accelerator()
+
+
+@pytest.fixture(scope="module")
+def rollouts() -> list[ScoredRollout]:
+    """Nine responses, several tokens at a step, stops inside blocks; engine log-probs that differ a little from the trainer's."""
+    settings = dict(block_size=BLOCK_SIZE, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, strategy="low_confidence_dynamic", threshold=0.3)
+    out = scored(sample(tiny_model(3), requests_of_every_remainder(BLOCK_SIZE, seed=5, num_samples=2)[:5], **settings))[:9]
+    for seed, rollout in enumerate(out):
+        rollout.logprobs = noisy(rollout, seed + 1000, 0.2)
+    return out
+
+
+def noisy(rollout: ScoredRollout, seed: int, scale: float) -> list[float]:
+    return (np.array(rollout.logprobs) + np.random.default_rng(seed).normal(0, scale, len(rollout.logprobs))).tolist()
+
+
+# -- by hand
+
+
+def slices(rollout: ScoredRollout, shrink: int) -> list[tuple[int, int, list[int], list[int]]]:
+    """(block start, k, masked positions, trained positions tau) for every block and every `shrink` of its distinct steps."""
+    prompt, out = len(rollout.prompt_ids), []
+    total = prompt + len(rollout.response_ids)
+    for start in range(prompt // BLOCK_SIZE * BLOCK_SIZE, total, BLOCK_SIZE):
+        step = {p: rollout.step_map[p - prompt] for p in range(max(start, prompt), start + BLOCK_SIZE)}
+        distinct = sorted(set(step.values()))
+        for k, first in enumerate(range(0, len(distinct), shrink)):
+            joined = distinct[first : first + shrink]
+            masked = [p for p in step if step[p] >= joined[0]]
+            tau = [p for p in step if step[p] in joined and p - prompt < rollout.num_response]
+            if tau:
+                out.append((start, k, masked, tau))
+    return out
+
+
+def forward(model: Pretrained, rollout: ScoredRollout, start: int, masked: list[int], tau: list[int]) -> Tensor:
+    """Log-probs of the tokens at `tau` from one forward over all that stands up to the end of the block."""
+    ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)[: start + BLOCK_SIZE]
+    seen = ids.clone()
+    seen[masked] = model.mask_id
+    block = torch.arange(len(ids)) // BLOCK_SIZE
+    hidden = model.decoder(seen, torch.arange(len(ids)), masked_attention(block[:, None] >= block[None, :]))
+    logits = model.decoder.lm_head(hidden[tau]).double() / TEMPERATURE
+    logits[:, model.forbidden_ids] = -math.inf
+    return logits.log_softmax(-1).gather(1, ids[tau, None])[:, 0]
+
+
+def loss_by_hand(
+    model: Pretrained, reference: Pretrained | None, rollouts: list[ScoredRollout], old: list[list[float]], training: Any
+) -> tuple[Tensor, dict[str, float]]:
+    """(loss, what the log should say)."""
+    per_response = [slices(r, training.shrink) for r in rollouts]
+    num_responses = len(rollouts)
+    num_tokens = sum(r.num_response for r in rollouts)
+    num_pairs = sum(len({k for _, k, _, _ in own}) for own in per_response)
+    longest = max(r.num_response for r in rollouts)
+    loss, kls, clipped, ratios = torch.zeros((), dtype=torch.float64), [], [], []
+    for n, (rollout, own) in enumerate(zip(rollouts, per_response, strict=True)):
+        for start, _, masked, tau in own:
+            weight = {
+                "reference": 1 / (longest * num_pairs),
+                "step": 1 / (len(tau) * num_responses),
+                "response": 1 / (rollout.num_response * num_responses),
+                "token": 1 / num_tokens,
+                "constant": 1 / (num_responses * MAX_TOKENS),
+            }[training.loss_weighting]
+            logprobs = forward(model, rollout, start, masked, tau)
+            with torch.no_grad():
+                frozen = None if reference is None else forward(reference, rollout, start, masked, tau)
+            for j, position in enumerate(tau):
+                offset, advantage, new = position - len(rollout.prompt_ids), rollout.advantage, logprobs[j]
+                ratio = (new - old[n][offset]).exp()
+                inside = ratio.clamp(1 - EPS, 1 + EPS_HIGH)
+                surrogate = torch.minimum(ratio * advantage, inside * advantage)
+                if training.importance_cap is not None:
+                    surrogate = surrogate * min(math.exp(old[n][offset] - rollout.logprobs[offset]), training.importance_cap)
+                d = new - (old[n][offset] if frozen is None else frozen[j])
+                kl = (-d).exp() - 1 + d if training.use_kl_estimator_k3 else d
+                loss = loss - weight * surrogate + BETA * weight * kl
+                kls.append(kl.item())
+                clipped.append(bool(ratio * advantage > inside * advantage))
+                ratios.append(ratio.item())
+    assert len(ratios) == num_tokens
+    log = {"train/kl": np.mean(kls), "train/clip_fraction": np.mean(clipped), "train/ratio": np.mean(ratios)}
+    return loss, {**log, "train/ratio_max": max(ratios), "train/ratio_min": min(ratios)}
+
+
+CASES = [(weighting, shrink, index % 2 == 0, index % 3 == 0) for index, (weighting, shrink) in enumerate((w, s) for s in (1, 3) for w in WEIGHTINGS)]
+
+
+@pytest.mark.parametrize("weighting, shrink, k3, to_reference", CASES)
+def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts, weighting, shrink, k3, to_reference):
+    config = rl_config(
+        f"training.loss_weighting={weighting}",
+        f"training.shrink={shrink}",
+        f"training.use_kl_estimator_k3={str(k3).lower()}",
+        f"training.beta={BETA}",
+        f"training.eps={EPS}",
+        f"training.eps_high={EPS_HIGH}",
+        f"training.importance_cap={IMPORTANCE_CAP if k3 and shrink == 1 else 'null'}",
+        f"rollout.temperature={TEMPERATURE}",
+        f"rollout.max_token={MAX_TOKENS}",
+        "training.max_tokens_per_microbatch=150",
+        "training.head_chunk=5",
+    )
+    model, reference = tiny_model(3), tiny_model(4) if to_reference else None
+    old = [noisy(r, seed, 0.3) for seed, r in enumerate(rollouts)]
+    loss, log = loss_by_hand(model, reference, rollouts, old, config.training)
+    names, parameters = zip(*model.decoder.named_parameters(), strict=True)
+    gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
+
+    update = UpdateWithGivenOld(Trainer(model, config, accelerator, TEMPERATURE), config, model.fill_id, reference)
+    update.given = old
+    assert len(update.trainer.micro_batches(update.documents(rollouts, 1))) > 1
+    with kept_gradients() as steps:
+        metrics = update(rollouts, step=1)
+    assert abs(metrics["train/loss"] - loss.item()) < TOLERANCE * max(1.0, abs(loss.item()))
+    assert error(steps[0], gradients) < TOLERANCE
+    norm = math.sqrt(sum(float(g.double().square().sum()) for g in gradients.values()))
+    assert metrics["train/gradient_norm"] == pytest.approx(norm, rel=1e-5)
+    assert 0.1 < log["train/clip_fraction"] < 0.9
+    assert {key: metrics[key] for key in log} == pytest.approx(log, abs=1e-5)
+    print(f"loss {abs(metrics['train/loss'] - loss.item()):.1e}, gradient {error(steps[0], gradients):.1e} of the largest entry")
+
+
+def test_several_updates_hold_to_the_log_probs_before_the_first(accelerator):
+    """Old log-probs and the engine gap are of the weights that sampled, though each update moves them."""
+    model = tiny_model(3)
+    rollouts = scored(sample(model, requests_of_every_remainder(BLOCK_SIZE, seed=6), block_size=BLOCK_SIZE, max_tokens=8))
+    config = rl_config("training.num_updates_per_step=3", "rollout.max_token=8")
+    update = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    with kept_gradients() as steps:
+        metrics = update(rollouts, step=1)
+    assert len(steps) == update.trainer.num_steps == metrics["train/num_updates"] == 3
+    assert metrics["gap/logprob_max"] < 1e-4, "the gap must not see the updates in between"
+    assert metrics["train/ratio_max"] > 1.001, "and the ratio must"
+    assert metrics["train/num_predictions"] == sum(r.num_response for r in rollouts)
+    # Now the weights are others than those that sampled.
+    assert update(rollouts, step=2)["gap/logprob_max"] > 1e-3
