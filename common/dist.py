@@ -25,6 +25,7 @@ import datetime
 import logging
 import os
 import time
+import warnings
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Iterator, TypeVar
 
@@ -70,6 +71,7 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     """
     plugin = _deepspeed_plugin(config) if trains else None
     on_cpu = not torch.cuda.is_available() or _asked_for_cpu()
+    _silence_libraries(on_cpu)
     if plugin is not None:
         _prepare_environment_for_deepspeed(on_cpu)
     else:
@@ -92,6 +94,14 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     assert (accelerator.distributed_type == DistributedType.DEEPSPEED) == (plugin is not None)
     atexit.register(_leave_process_group)
     return accelerator
+
+
+def _silence_libraries(on_cpu: bool) -> None:
+    """What accelerate and DeepSpeed say to their own developers, some of it at every step and on every rank."""
+    replaced = r"`(torch\.distributed\.(all_gather_into|reduce_scatter)_tensor|broadcast_buffers)` is deprecated"
+    warnings.filterwarnings("ignore", message=replaced, category=FutureWarning)
+    if on_cpu:
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it has found no other
 
 
 def _leave_process_group() -> None:

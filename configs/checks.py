@@ -79,6 +79,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         "from 0 to below 1",
         lambda x: 0 <= x < 1,
         """
+        training.validation_share
         optimizer.params.beta1 optimizer.params.beta2
         """,
     ),
@@ -289,5 +290,14 @@ def _check_rl(config: Config) -> None:
 
 
 def _check_sft(config: Config) -> None:
+    t = config.training
+    if t.validation_share and config.dataset.validation_data is not None:
+        raise UserError(
+            f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: give only one"
+        )
+    if t.method == "trace":
+        for key in ["complementary_mask", "loss_weight_by_ratio"]:
+            if getattr(t, key):
+                raise UserError(f"training.{key}: got true, but training.method=trace draws no masks: leave it out, or choose semi-ar")
     if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")

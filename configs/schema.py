@@ -80,6 +80,8 @@ class Dataset:
     """Tasks of evaluation (required by eval.py)."""
     optimization_data: str | None = None
     """Data of supervised finetuning (required there)."""
+    validation_data: str | None = None
+    """SFT: held-out data of the same form, for the validation loss. See training.validation_share for a part of the data itself."""
     data_type: str = "math"
     """How answers are scored, a name in reward/registry.py: math, exact, ... (judge: by reward.judge alone)."""
     image_root: str | None = None
@@ -273,8 +275,12 @@ class Training:
     """Random masks: smallest ratio of masked tokens."""
     upper_p: float = 0.9
     """Random masks: largest ratio of masked tokens."""
+    mask_ratio: Literal["per_block", "per_token", "per_response"] = "per_block"
+    """Random masks: what has a ratio of its own, drawn evenly between lower_p and upper_p."""
     mask_times_per_sample: int = 1
     """Random masks per response."""
+    complementary_mask: bool = False
+    """SFT, semi-ar: every mask comes with its complement, so that the two train each token once."""
     max_gen_length: int | None = None
     """Responses are cut behind so many tokens; null: rollout.max_token."""
     max_prompt_len: int = 784
@@ -329,11 +335,13 @@ class Training:
     batch_size: int = 64
     """SFT: documents per optimizer step."""
     eval_every: int = 100
-    """SFT: look at the held-out solve rate every so many optimizer steps, where there is dataset.eval_dataset."""
+    """SFT: every so many optimizer steps the validation loss, and the solve rate where there is dataset.eval_dataset."""
+    validation_share: float = 0.0
+    """SFT: share of the data that is held out for the validation loss (chosen by training.seed); 0: none."""
     stop_at_solve_rate: float | None = None
     """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
     loss_weight_by_ratio: bool = False
-    """SFT: weight the loss of a masked block by 1/(its ratio of masked tokens)."""
+    """SFT, semi-ar: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has it."""
 
 
 @dataclass

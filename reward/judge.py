@@ -275,7 +275,9 @@ class JudgedReward(Reward):
         if not prompts:
             return []
         cache, k = self.cache, self.model_settings.k_sample
-        model, sampling = self.judge.name(), dataclasses.asdict(self.sampling)
+        with self._nothing_is_lost():
+            model = self.judge.name()
+        sampling = dataclasses.asdict(self.sampling)
         texts = [prompt.text() for prompt in prompts]
         keys = [[judgement_key(model, text, sampling, sample) for sample in range(k)] for text in texts]
         wanted = {key: prompt for prompt, own in zip(prompts, keys) for key in own}  # equal responses share judgements
@@ -284,35 +286,30 @@ class JudgedReward(Reward):
         self._counts["wanted"] += len(prompts) * k
         self._counts["asked"] += len(missing)
         last_try = self.judge_settings.nonsense_retries
-        with _bar(len(wanted), num_done, self.rank) as advance:
-            try:
-                while missing:
-                    asked, missing = missing, []
-                    # Another seed each time: the same one would bring the same nonsense.
-                    requests = [JudgeRequest(wanted[key], int(key[:8], 16) + num_tries & 0x7FFFFFFF) for key in asked]
+        with _bar(len(wanted), num_done, self.rank) as advance, self._nothing_is_lost():
+            while missing:
+                asked, missing = missing, []
+                # Another seed each time: the same one would bring the same nonsense.
+                requests = [JudgeRequest(wanted[key], int(key[:8], 16) + num_tries & 0x7FFFFFFF) for key in asked]
 
-                    def on_reply(index: int, reply: str, asked=asked, missing=missing, tries=num_tries) -> None:
-                        nonlocal num_done
-                        score = parse_verdict(reply)
-                        self._counts["replies"] += 1
-                        self._counts["unparsable"] += score is None
-                        if score is None and tries < last_try:
-                            missing.append(asked[index])
-                            return
-                        self._counts["neutral"] += score is None
-                        cache.put(asked[index], score, reply, tries + 1)
-                        num_done += 1
-                        advance()
-                        if progress is not None:
-                            progress(num_done, len(wanted))
+                def on_reply(index: int, reply: str, asked=asked, missing=missing, tries=num_tries) -> None:
+                    nonlocal num_done
+                    score = parse_verdict(reply)
+                    self._counts["replies"] += 1
+                    self._counts["unparsable"] += score is None
+                    if score is None and tries < last_try:
+                        missing.append(asked[index])
+                        return
+                    self._counts["neutral"] += score is None
+                    cache.put(asked[index], score, reply, tries + 1)
+                    num_done += 1
+                    advance()
+                    if progress is not None:
+                        progress(num_done, len(wanted))
 
-                    self.judge.complete(requests, on_reply)
-                    num_tries += 1
-            except UserError as error:
-                where = f" in {self.folder}" if self.folder is not None else ""
-                raise UserError(f"{error}. Nothing is lost: {len(cache):,} judgements are kept{where}") from None
-            finally:
-                self._counts["retries"] += self.judge.num_retries - num_retries
+                self.judge.complete(requests, on_reply)
+                num_tries += 1
+        self._counts["retries"] += self.judge.num_retries - num_retries
         num_neutral = sum(cache[key] is None for key in wanted)
         if num_neutral:
             warn(
@@ -320,6 +317,14 @@ class JudgedReward(Reward):
                 "they are left out, and a chunk without any counts as neutral"
             )
         return [[cache[key] for key in own] for own in keys]
+
+    @contextmanager
+    def _nothing_is_lost(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError as error:
+            where = f" in {self.folder}" if self.folder is not None else ""
+            raise UserError(f"{error}. Nothing is lost: {len(self.cache):,} judgements are kept{where}") from None
 
     # -- numbers
 

@@ -127,7 +127,7 @@ class ChatClient:
                 raise UserError(f"reward.judge.api_key_env: the environment variable {api_key_env} is not set")
         self.num_retries = 0
         self._lock = threading.Lock()
-        self._open: set[http.client.HTTPConnection] = set()
+        self._open: set[socket.socket] = set()
         self._answered_at = float("-inf")
         self._away = False
         self._random = random.Random(os.urandom(8))  # pauses must not move the run's own random state
@@ -183,8 +183,8 @@ class ChatClient:
             stop.set()
             with self._lock:
                 unfinished = list(self._open)
-            for connection in unfinished:
-                _hang_up(connection)  # the judge need not finish what nobody waits for
+            for sock in unfinished:
+                _hang_up(sock)  # the judge need not finish what nobody waits for
 
     # -- one request
 
@@ -284,13 +284,17 @@ class ChatClient:
             headers["Authorization"] = f"Bearer {self._api_key}"
         kind = http.client.HTTPSConnection if self._secure else http.client.HTTPConnection
         connection = kind(self._host, self._port, timeout=timeout_seconds)
-        expired = threading.Event()
-        timer = threading.Timer(timeout_seconds, lambda: (expired.set(), _hang_up(connection)))
-        timer.daemon = True
-        with self._lock:
-            self._open.add(connection)
-        timer.start()
+        expired, sock, started = threading.Event(), None, time.monotonic()
+        timer = None
         try:
+            connection.connect()
+            sock = connection.sock  # the connection lets go of it as soon as the headers are read
+            with self._lock:
+                self._open.add(sock)
+            left = max(0.0, timeout_seconds - (time.monotonic() - started))
+            timer = threading.Timer(left, lambda: (expired.set(), _hang_up(sock)))
+            timer.daemon = True
+            timer.start()
             data = None if body is None else json.dumps(body).encode()
             connection.request(method, self._path + path, data, headers)
             response = connection.getresponse()
@@ -299,15 +303,15 @@ class ChatClient:
                 raise TimeoutError
         except ssl.SSLCertVerificationError as error:
             raise UserError(f"the judge at {self.url}: its certificate is not trusted: {error.verify_message}") from None
-        except (OSError, http.client.HTTPException, ValueError, AttributeError) as error:
-            # ValueError, AttributeError: a connection that was hung up under http.client's hands
+        except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: a socket hung up under TLS
             if expired.is_set() or isinstance(error, TimeoutError):
                 raise _TryAgain(f"no answer within {timeout_seconds:g} s") from None
             raise _TryAgain(_describe(error)) from None
         finally:
-            timer.cancel()
+            if timer is not None:
+                timer.cancel()
             with self._lock:
-                self._open.discard(connection)
+                self._open.discard(sock)
             connection.close()
         return self._decode(response, content)
 
@@ -324,14 +328,12 @@ class ChatClient:
             raise _TryAgain(f"its answer is not JSON: {text[:200]!r}") from None
 
 
-def _hang_up(connection: http.client.HTTPConnection) -> None:
-    """Wake the thread that waits on the connection: its reads end at once."""
-    sock = connection.sock
-    if sock is not None:
-        try:
-            socket.socket.shutdown(sock, socket.SHUT_RDWR)
-        except (OSError, TypeError):
-            pass  # closed already
+def _hang_up(sock: socket.socket) -> None:
+    """Wake the thread that waits for it: its reads end at once."""
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)  # that of TLS would take its state away from the reader
+    except OSError:
+        pass  # closed already
 
 
 def _describe(error: Exception) -> str:

@@ -130,4 +130,4 @@ def parse_verdict(reply: str | None) -> float | None:
         value = float(found[1]) if found and not re.search(r"\d", found[2]) and not found[2].lstrip().startswith("/") else None
     if value is None or value > BEST_VERDICT:
         return None
-    return 2 * value / BEST_VERDICT - 1
+    return (value - BEST_VERDICT / 2) / (BEST_VERDICT / 2)

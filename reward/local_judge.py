@@ -9,11 +9,13 @@ Sampling noise belongs to the request, not to the batch: what is graded together
 
 from __future__ import annotations
 
-from typing import Any, Callable, Sequence
+from contextlib import contextmanager
+from typing import Any, Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.integrations import deepspeed
 
 from common.errors import UserError
 from reward.judge_client import JudgeRequest, Sampling
@@ -40,10 +42,11 @@ class LocalJudge:
             return
         try:
             self._tokenizer = AutoTokenizer.from_pretrained(self.path)
-            self._model = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval().requires_grad_(False)
+            with _outside_zero3():
+                self._model = AutoModelForCausalLM.from_pretrained(self.path, dtype="auto").eval().requires_grad_(False)
         except (OSError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
-            raise UserError(f"model.process_reward_model: {self.path} cannot be read as a causal language model: {reason}") from None
+            raise UserError(f"model.process_reward_model: {self.path} cannot be read as a language model: {reason}") from None
 
     def complete(self, requests: Sequence[JudgeRequest], on_reply: Callable[[int, str], None]) -> None:
         """Replies batch by batch, prompts of like length together; the model is on `device` meanwhile."""
@@ -78,8 +81,8 @@ class LocalJudge:
             prompt = prompt.shorter()
             if prompt is None:
                 raise UserError(
-                    f"rollout.reward_model.max_model_len: a prompt to the judge has {len(ids)} tokens, and {self.max_prompt} are "
-                    "left beside max_generation_token: raise the one, lower the other, or grade smaller chunks (reward_chunk_length)"
+                    f"rollout.reward_model.max_model_len: a prompt to the judge has {len(ids)} tokens, {self.max_prompt} are left "
+                    "beside max_generation_token: raise the one, lower the other, or grade smaller chunks (reward_chunk_length)"
                 )
 
     @torch.no_grad()
@@ -97,10 +100,24 @@ class LocalJudge:
         settings = GenerationConfig(
             do_sample=False, max_new_tokens=self.sampling.max_tokens, pad_token_id=pad, eos_token_id=ends, use_cache=True
         )
-        output = self._model.generate(
-            input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
-        )
+        with _outside_zero3():
+            output = self._model.generate(
+                input_ids=ids, attention_mask=mask, generation_config=settings, logits_processor=LogitsProcessorList(processors)
+            )
         return [self._tokenizer.decode(row, skip_special_tokens=True) for row in output[:, longest:]]
+
+
+@contextmanager
+def _outside_zero3() -> Iterator[None]:
+    """Where the trainer runs ZeRO-3, transformers would shard this model over the ranks too, and let them generate in step."""
+    reference = getattr(deepspeed, "_hf_deepspeed_config_weak_ref", None)
+    config = reference() if reference is not None else None
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        if config is not None:
+            deepspeed.set_hf_deepspeed_config(config)
 
 
 class _KeyedSampling(LogitsProcessor):

@@ -20,8 +20,12 @@ CLONE_NEWNS, CLONE_NEWCGROUP, CLONE_NEWUTS, CLONE_NEWIPC = 0x00020000, 0x0200000
 CLONE_NEWUSER, CLONE_NEWPID, CLONE_NEWNET = 0x10000000, 0x20000000, 0x40000000
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_REMOUNT, MS_BIND, MS_REC, MS_PRIVATE = 1, 2, 4, 8, 32, 4096, 16384, 1 << 18
 MNT_DETACH = 2
-PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 22, 24
+PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_KEEPCAPS, PR_GET_SECCOMP, PR_SET_SECCOMP, PR_CAPBSET_DROP = 1, 4, 8, 21, 22, 24
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 36, 38
+
+SYSTEM_FOLDERS = ("usr", "lib", "lib32", "lib64", "libx32", "bin", "sbin")
+SYSTEM_FILES = ("/etc/ld.so.cache", "/etc/localtime")
+DEVICES = ("null", "zero", "full", "random", "urandom")
 
 PROGRAM_UID = 1000
 """Of programs, as they see it."""
@@ -37,11 +41,14 @@ SYSCALLS = {
     "memfd_create": (319, 279), "bpf": (321, 280), "userfaultfd": (323, 282),
     "pidfd_send_signal": (424, 424), "io_uring_setup": (425, 425), "open_tree": (428, 428), "move_mount": (429, 429),
     "fsopen": (430, 430), "fsconfig": (431, 431), "fsmount": (432, 432), "pidfd_open": (434, 434), "clone3": (435, 435),
-    "pidfd_getfd": (438, 438), "mount_setattr": (442, 442), "memfd_secret": (447, 447),
+    "pidfd_getfd": (438, 438), "landlock_create_ruleset": (444, 444), "landlock_add_rule": (445, 445),
+    "landlock_restrict_self": (446, 446), "mount_setattr": (442, 442), "memfd_secret": (447, 447),
 }  # fmt: skip
 MACHINES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the table, AUDIT_ARCH_*
 
 _libc = ctypes.CDLL(None, use_errno=True) if sys.platform == "linux" else None
+
+_libc_with_gil = ctypes.PyDLL(None, use_errno=True) if sys.platform == "linux" else None
 
 
 def _check(result: int, what: str) -> int:
@@ -60,8 +67,14 @@ def unshare(flags: int) -> None:
     _check(_libc.unshare(flags), "unshare")
 
 
-def setns(fd: int, kind: int) -> None:
-    _check(_libc.setns(fd, kind), "setns")
+def fork_into_pid_namespace() -> int:
+    """As os.fork; the child is process 1 of a pid namespace. (unshare would do it once only: setns back is for real root.)
+
+    The interpreter's own hooks for a fork do not run: the child has only to fork again with os.fork.
+    """
+    column, _ = MACHINES[platform.machine()]
+    numbers = [ctypes.c_long(SYSCALLS["clone"][column]), ctypes.c_ulong(CLONE_NEWPID | signal.SIGCHLD), *[ctypes.c_ulong(0)] * 4]
+    return _check(_libc_with_gil.syscall(*numbers), "clone")  # with the lock held: nobody would give it back to the child
 
 
 def mount(source: str | None, target: str, kind: str | None = None, flags: int = 0, options: str | None = None) -> None:
@@ -129,16 +142,16 @@ def enter_root(mount_point: str) -> None:
     mount(None, "/", None, MS_REC | MS_PRIVATE)
     mount("none", mount_point, "tmpfs", MS_NOSUID, "mode=755,size=1m,nr_inodes=2k")
     folders = []
-    for name in ("usr", "lib", "lib32", "lib64", "libx32", "bin", "sbin"):
+    for name in SYSTEM_FOLDERS:
         if os.path.islink(f"/{name}"):
             os.symlink(os.readlink(f"/{name}"), f"{mount_point}/{name}")
         elif os.path.isdir(f"/{name}"):
             folders.append(f"/{name}")
     for folder in _top_folders(folders + python_folders()):
         _bind(folder, mount_point)
-    for name in ("null", "zero", "full", "random", "urandom"):
+    for name in DEVICES:
         _bind(f"/dev/{name}", mount_point, read_only=False)
-    for file in ("/etc/ld.so.cache", "/etc/localtime"):
+    for file in SYSTEM_FILES:
         if os.path.exists(file):
             _bind(file, mount_point)
     os.makedirs(f"{mount_point}/etc", exist_ok=True)
@@ -164,7 +177,11 @@ def mount_scratch(num_bytes: int) -> None:
 # ---- what a program may not do -----------------------------------------------------------------------------------------
 
 
-def drop_capabilities() -> None:
+CAP_DAC_READ_SEARCH = 2
+
+
+def drop_capabilities(kept: int = 0) -> None:
+    """All but those of the bit set `kept`."""
     for number in range(64):
         try:
             prctl(PR_CAPBSET_DROP, number)
@@ -172,7 +189,52 @@ def drop_capabilities() -> None:
             if error.errno not in (errno.EINVAL, errno.EPERM):  # behind the last one; not ours to drop: there are none then
                 raise
     header = struct.pack("Ii", 0x20080522, 0)  # version 3, this process
-    syscall("capset", header, struct.pack("6I", *[0] * 6))
+    syscall("capset", header, struct.pack("6I", kept, kept, 0, 0, 0, 0))
+
+
+def become(uid: int, keep_capabilities: bool) -> None:
+    """Another user and group, for good."""
+    if keep_capabilities:
+        prctl(PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(uid, uid, uid)
+    os.setresuid(uid, uid, uid)
+
+
+def all_may_enter(folders: list[str]) -> bool:
+    """Whether every user may reach the folders."""
+    paths = {path for folder in folders for path in (Path(folder), *Path(folder).parents)}
+    return all(os.stat(path).st_mode & 0o005 == 0o005 for path in paths if path.exists())
+
+
+def landlock_version() -> int:
+    """0 where the kernel has none (landlock(7), Linux 5.13)."""
+    try:
+        return syscall("landlock_create_ruleset", None, ctypes.c_size_t(0), 1)
+    except (OSError, KeyError):
+        return 0
+
+
+def restrict_files(scratch: str) -> None:
+    """From here on: read system folders and Python, write in `scratch`, nothing else. Needs no privilege."""
+    version = landlock_version()
+    assert version > 0
+    everything = (1 << (13 + (version >= 2) + (version >= 3))) - 1  # files, folders, then renaming, then truncation
+    read, on_file = 0b1101, 0b111 | (1 << 14 if version >= 3 else 0)
+    attributes = struct.pack("QQQ", everything, 0, 2)[: 24 if version >= 6 else 8]  # 2: no signals to processes outside
+    ruleset = syscall("landlock_create_ruleset", attributes, ctypes.c_size_t(len(attributes)), 0)
+    folders = _top_folders([f"/{name}" for name in SYSTEM_FOLDERS] + python_folders())
+    rules = [(folder, read) for folder in folders] + [(file, read & on_file) for file in SYSTEM_FILES]
+    rules += [(f"/dev/{name}", on_file) for name in DEVICES] + [(scratch, everything), ("/dev/shm", everything)]
+    for path, rights in rules:
+        if not os.path.exists(path):
+            continue
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        syscall("landlock_add_rule", ruleset, 1, struct.pack("=Qi", rights, fd), 0)
+        os.close(fd)
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
+    syscall("landlock_restrict_self", ruleset, 0)
+    os.close(ruleset)
 
 
 def set_limits(limits: dict[int, int]) -> None:
@@ -235,16 +297,18 @@ def filter_program(own_namespaces: bool, own_pid: int) -> bytes:
     return b"".join(struct.pack("HBBI", *instruction) for instruction in code)
 
 
-def filter_system_calls(own_namespaces: bool) -> bool:
-    """Install the filter for this process and its children. False where kernel or machine have none."""
-    prctl(PR_SET_NO_NEW_PRIVS, 1)
-    if platform.machine() not in MACHINES:
+def has_filter() -> bool:
+    try:
+        prctl(PR_GET_SECCOMP)
+    except OSError:
         return False
+    return platform.machine() in MACHINES
+
+
+def filter_system_calls(own_namespaces: bool) -> None:
+    """Install the filter for this process and its children."""
+    prctl(PR_SET_NO_NEW_PRIVS, 1)
     program = filter_program(own_namespaces, os.getpid())
     buffer = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
-    try:
-        prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header))
-    except OSError:
-        return False
-    return True
+    prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header))

@@ -43,6 +43,18 @@ DESCRIPTORS = 5  # of a spawn request
 
 def descendants(pid: int) -> list[int]:
     """Processes below `pid`, from /proc: children before grandchildren."""
+    found = [pid]
+    try:
+        for one in found:  # grows meanwhile
+            for task in os.listdir(f"/proc/{one}/task"):
+                with open(f"/proc/{one}/task/{task}/children", "rb") as file:
+                    found += map(int, file.read().split())
+        return found[1:]
+    except OSError:
+        return _descendants_by_parents(pid)  # one ended meanwhile, or a kernel without lists of children
+
+
+def _descendants_by_parents(pid: int) -> list[int]:
     found, parents = [], {}
     for name in os.listdir("/proc"):
         if name.isdigit():
@@ -84,12 +96,10 @@ class Zygote:
     def __init__(self, control: socket.socket, settings: dict) -> None:
         self.control = control
         self.plain = settings["plain"]
-        self.own_pid_namespace = -1
         self.inits: set[int] = set()
         problem = None
         if not self.plain:
             try:
-                self.own_pid_namespace = os.open("/proc/self/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
                 self.enter_namespaces(settings["mount_point"])
             except OSError as error:
                 self.plain, problem = True, str(error)
@@ -97,7 +107,14 @@ class Zygote:
             linux.prctl(linux.PR_SET_CHILD_SUBREAPER, 1)
         linux.die_with_parent()
         linux.hide_memory()
-        self.send({"namespaces": not self.plain, "problem": problem})
+        self.send(
+            {
+                "namespaces": not self.plain,
+                "problem": problem,
+                "landlock": linux.landlock_version() > 0,
+                "filter": linux.has_filter(),
+            }
+        )
 
     def enter_namespaces(self, mount_point: str) -> None:
         kinds = linux.CLONE_NEWNS | linux.CLONE_NEWNET | linux.CLONE_NEWIPC | linux.CLONE_NEWUTS | linux.CLONE_NEWCGROUP
@@ -121,13 +138,7 @@ class Zygote:
 
     def fork_init(self) -> int:
         """fork, into a new pid namespace where there are any."""
-        if self.plain:
-            return os.fork()
-        linux.unshare(linux.CLONE_NEWPID)
-        pid = os.fork()
-        if pid:
-            linux.setns(self.own_pid_namespace, linux.CLONE_NEWPID)  # or the next fork could not get one
-        return pid
+        return os.fork() if self.plain else linux.fork_into_pid_namespace()
 
     def send(self, message: dict) -> None:
         self.control.send(json.dumps(message).encode())
@@ -229,13 +240,17 @@ def shut_in(settings: dict, plain: bool) -> None:
     linux.set_limits({getattr(resource, f"RLIMIT_{name}"): value for name, value in settings["limits"].items()})
     os.umask(0o022)
     uid = settings["uid"]
+    if plain and linux.landlock_version():
+        linux.restrict_files(settings["scratch"])
+    kept = 0
     if uid is not None:  # a user other than the one that the parent is
-        os.setgroups([])
-        os.setresgid(uid, uid, uid)
-        os.setresuid(uid, uid, uid)
+        if plain and not linux.all_may_enter(linux.python_folders()):
+            kept = 1 << linux.CAP_DAC_READ_SEARCH  # a Python in root's home
+        linux.become(uid, keep_capabilities=kept != 0)
     linux.prctl(linux.PR_SET_DUMPABLE, 0 if settings["judge"] else 1)
-    linux.drop_capabilities()
-    linux.filter_system_calls(own_namespaces=not plain)
+    linux.drop_capabilities(kept)
+    if linux.has_filter():
+        linux.filter_system_calls(own_namespaces=not plain)
     if plain:
         linux.die_with_parent()
 

@@ -17,6 +17,7 @@ import decimal
 import fractions
 import json
 import os
+import re
 import struct
 import sys
 from typing import Any, Callable
@@ -187,7 +188,7 @@ def _encoder_of_kin(value: Any) -> Callable[[Codec, Any, int], Any] | None:
         if kind is numpy.ndarray:
             return _encode_array
         return None
-    if isinstance(value, type) or getattr(kind, "__eq__", None) is object.__eq__:
+    if isinstance(value, type):
         return None
     for base in BASES:
         if isinstance(value, base):
@@ -197,9 +198,8 @@ def _encoder_of_kin(value: Any) -> Callable[[Codec, Any, int], Any] | None:
 
 def _as_base(base: type, value: Any) -> Any:
     if base in (int, float, complex, str, bytes):  # the value itself, not what its __int__ or __str__ makes of it
-        return {int: lambda: int.__add__(value, 0), float: lambda: float.__add__(value, 0.0), str: lambda: str.__str__(value)}.get(
-            base, lambda: base(value)
-        )()
+        plain = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__, bytes: lambda b: bytes.join(b"", [b])}
+        return plain[base](value)
     return dict(dict.items(value)) if base is dict else base(base.__iter__(value))
 
 
@@ -214,6 +214,6 @@ def _decode_array(codec: Codec, dtype: str | None, shape: list[int], body: Any) 
 
     if dtype is None:
         return numpy.array(codec.decode(body)).reshape(shape)
-    if dtype[1] not in "biuf":
+    if not re.fullmatch(r"[<>|=][biuf]\d{1,2}", dtype):
         raise ValueError(dtype)
     return numpy.frombuffer(bytes.fromhex(body), dtype=dtype).reshape(shape).copy()

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Iterator
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from common import dist
 from models.checkpoint import Pretrained
-from train.objectives import Objective, ObjectiveInput, kl_estimate
-from train.optim import build_optimizer, policy_learning_rate, schedule_factor
+from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
+from train.optim import build_optimizer, schedule_factor
 from train.packing import Document, Pack, assign, build_pack
-from train.policy import Policy
 
 PACK_SIZES = 8
 """On CUDA packs are filled up to one of this many sizes, so that kernels are compiled for few of them."""
@@ -22,7 +21,7 @@ PACK_SIZES = 8
 
 @dataclass
 class Tables:
-    """What the objective needs about every prediction of a batch, each float array [M]. None: as the trainer computes it now."""
+    """What a policy objective needs about every prediction of a batch, each float array [M]. None: as the trainer computes it now."""
 
     advantages: np.ndarray
     weights: np.ndarray
@@ -32,7 +31,32 @@ class Tables:
     kl_logprobs: np.ndarray | None = None
     """None: old_logprobs."""
     engine_logprobs: np.ndarray | None = None
-    """As sampled; None where nothing was (SFT)."""
+    """As sampled; None where nothing was (SFT, masks that sampling never saw)."""
+
+    def pick(self, columns: Columns, outputs: tuple[Tensor, ...]) -> ObjectiveInput:
+        """The rows of a pack. Filler predictions get weight 0: they count nothing, but keep the graph whole."""
+        logprobs = outputs[0]
+        zero = torch.zeros_like(logprobs)
+        old = columns.get("old_logprobs", logprobs.detach())
+        return ObjectiveInput(
+            logprobs=logprobs,
+            old_logprobs=old,
+            kl_logprobs=columns.get("kl_logprobs", old),
+            engine_logprobs=columns.get("engine_logprobs", old),
+            advantages=columns.get("advantages", zero),
+            weights=columns.get("weights", zero) * columns.real,
+            kl_weights=columns.get("kl_weights", zero) * columns.real,
+        )
+
+    def diagnose(self, x: ObjectiveInput, outputs: tuple[Tensor, ...]) -> Measures:
+        """Entropy, and how far the engine's log-probs were from the trainer's: rounding only, if what is trained is what was sampled."""
+        measures = Measures({"entropy": outputs[1].sum()})
+        if self.engine_logprobs is not None:
+            gap = x.old_logprobs - x.engine_logprobs
+            measures.sums["gap/logprob_mean"] = gap.abs().sum()
+            measures.sums["gap/k3"] = kl_estimate(-gap, torch.zeros_like(gap), k3=True).sum()
+            measures.extremes["gap/logprob_max"] = gap.abs().max()
+        return measures
 
 
 @dataclass
@@ -52,22 +76,17 @@ class StepResult:
 
 
 class Trainer:
-    """Owns the wrapped policy and its optimizer."""
+    """Owns a wrapped module and its optimizer. The module takes a `Pack` and gives a tuple of outputs, each [M]."""
 
-    def __init__(self, model: Pretrained, config: Any, accelerator: Any, temperature: float = 1.0) -> None:
-        """temperature: of the rollouts; 1 for supervised finetuning."""
-        self.config, self.accelerator = config, accelerator
+    def __init__(self, module: nn.Module, model: Pretrained, config: Any, accelerator: Any, peak_rate: float) -> None:
+        """module: what is trained (train/policy.py, train/value.py) on the decoder of `model`; peak_rate: the learning rate."""
+        self.config, self.accelerator, self.peak_rate = config, accelerator, peak_rate
         self.mask_id, self.logit_shift = model.mask_id, model.family.logit_shift
         model.decoder.gradient_checkpointing = config.training.gradient_checkpointing_enable
-        policy = self.build_policy(model, temperature)
-        self.optimizer = build_optimizer(policy, config)
-        self.policy, self.wrapped_optimizer = accelerator.prepare(policy, self.optimizer)
+        self.optimizer = build_optimizer(module, config, peak_rate)
+        self.module, self.wrapped_optimizer = accelerator.prepare(module, self.optimizer)
         self.num_steps = 0
         """Optimizer steps taken: the version of the weights."""
-
-    def build_policy(self, model: Pretrained, temperature: float) -> Policy:
-        t = self.config.training
-        return Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk)
 
     def micro_batches(self, documents: list[Document]) -> list[Pack]:
         """This rank's packs; their number is the same on every rank."""
@@ -77,78 +96,74 @@ class Trainer:
         return [build_pack(d, self.mask_id, round_to, self.logit_shift) for d in own]
 
     @torch.no_grad()
-    def logprobs(self, documents: list[Document], num_predictions: int, policy: torch.nn.Module | None = None) -> np.ndarray:
-        """Log-probability of every prediction [num_predictions] under the current weights, known to every rank.
+    def outputs(self, documents: list[Document], num_predictions: int, module: nn.Module | None = None) -> np.ndarray:
+        """The module's first output (log-probs, values) for every prediction [num_predictions], known to every rank.
 
-        policy: another one (a frozen reference) instead of the trained one.
+        module: another one (a frozen reference) instead of the trained one.
         """
         table = torch.zeros(num_predictions, dtype=torch.float32, device=self.accelerator.device)
         for pack in self.micro_batches(documents):
             pack = pack.to(self.accelerator.device)
-            values, _ = (policy or self.policy)(pack)
+            values = (module or self.module)(pack)[0]
             real = pack.prediction >= 0
             table[pack.prediction[real]] = values[real]
         # Every prediction is on exactly one rank: the sum over ranks is the table.
         return self.accelerator.reduce(table, "sum").cpu().numpy()
 
-    def step(self, documents: list[Document], tables: Tables, objective: Objective, progress: float) -> StepResult:
+    def step(self, documents: list[Document], tables: Any, objective: Objective, progress: float) -> StepResult:
         """One optimizer step over `documents` (the whole step's, the same list on every rank).
 
-        progress: share of the run that is done, 0..1, for the learning rate.
+        tables: `Tables`, or what another kind of module has in its place (train/value.py). progress: share of the run that is done,
+        0..1, for the learning rate.
         """
         rate = self.learning_rate(progress)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        device_tables = DeviceTables(tables, self.accelerator.device)
+        table = OnDevice(tables, self.accelerator.device)
         totals = Totals(self.accelerator.device)
         packs = self.micro_batches(documents)
         for index, pack in enumerate(packs):
             pack = pack.to(self.accelerator.device)
-            with dist.accumulate(self.accelerator, self.policy, index, len(packs)):
-                logprobs, entropy = self.policy(pack)
-                x = device_tables.pick(pack, logprobs)
+            with dist.accumulate(self.accelerator, self.module, index, len(packs)):
+                outputs = self.module(pack)
+                x = tables.pick(table.rows_of(pack), outputs)
                 output = objective(x, self.config.training)
-                dist.backward(self.accelerator, self.policy, output.loss)
-            totals.add(output, x, entropy, pack)
-        norm = dist.optimizer_step(self.accelerator, self.policy, self.wrapped_optimizer, self.config.training.max_grad_norm)
+                dist.backward(self.accelerator, self.module, output.loss)
+            with torch.no_grad():
+                totals.add(output, tables.diagnose(x, outputs), pack)
+        norm = dist.optimizer_step(self.accelerator, self.module, self.wrapped_optimizer, self.config.training.max_grad_norm)
         self.num_steps += 1
         return totals.reduce(self.accelerator, norm, rate)
 
     def learning_rate(self, progress: float) -> float:
         scheduler = self.config.lr_scheduler
         warmup = min(1.0, (self.num_steps + 1) / max(1, scheduler.params.warmup_steps))
-        return policy_learning_rate(self.config) * warmup * schedule_factor(
-            scheduler.scheduler, progress, scheduler.params.min_lr_scale
-        )
+        return self.peak_rate * warmup * schedule_factor(scheduler.scheduler, progress, scheduler.params.min_lr_scale)
 
 
-class DeviceTables:
-    """Tables on the device, with the rule for what is missing."""
+@dataclass
+class Columns:
+    """The rows of a pack from tables on the device."""
 
-    def __init__(self, tables: Tables, device: torch.device) -> None:
-        self.columns = {
-            name: torch.as_tensor(value, dtype=torch.float32).to(device) for name, value in vars(tables).items() if value is not None
-        }
+    values: dict[str, Tensor]
+    """Each [M], float32."""
+    real: Tensor
+    """bool [M]: False for a filler prediction."""
 
-    def pick(self, pack: Pack, logprobs: Tensor) -> ObjectiveInput:
-        """The rows of a pack. Filler predictions get weight 0: they count nothing, but keep the graph whole."""
-        real = pack.prediction >= 0
+    def get(self, name: str, default: Tensor) -> Tensor:
+        return self.values.get(name, default)
+
+
+class OnDevice:
+    """The arrays of a dataclass of tables on the device; those that are None are left out."""
+
+    def __init__(self, tables: Any, device: torch.device) -> None:
+        arrays = {name: value for name, value in vars(tables).items() if value is not None and len(value)}
+        self.columns = {name: torch.as_tensor(value, dtype=torch.float32).to(device) for name, value in arrays.items()}
+
+    def rows_of(self, pack: Pack) -> Columns:
         index = pack.prediction.clamp(min=0)
-
-        def column(name: str, default: Tensor) -> Tensor:
-            return self.columns[name][index] if name in self.columns and len(self.columns[name]) else default
-
-        old = column("old_logprobs", logprobs.detach())
-        zero = torch.zeros_like(old)
-        return ObjectiveInput(
-            logprobs=logprobs,
-            old_logprobs=old,
-            kl_logprobs=column("kl_logprobs", old),
-            engine_logprobs=column("engine_logprobs", old),
-            advantages=column("advantages", zero),
-            weights=column("weights", zero) * real,
-            kl_weights=column("kl_weights", zero) * real,
-        )
+        return Columns({name: column[index] for name, column in self.columns.items()}, pack.prediction >= 0)
 
 
 class Totals:
@@ -159,26 +174,17 @@ class Totals:
         self.sums: dict[str, Tensor] = {}
         self.extremes: dict[str, Tensor] = {}
 
-    def add(self, output: Any, x: ObjectiveInput, entropy: Tensor, pack: Pack) -> None:
-        real = pack.prediction >= 0
-        with torch.no_grad():
-            # How far the engine's log-probs were from the trainer's: rounding only, if what is trained is what was sampled.
-            gap = (x.old_logprobs - x.engine_logprobs)[real]
-            sums = {
-                "loss": output.loss.detach(),
-                "num_predictions": real.sum(),
-                "num_tokens": torch.tensor(len(pack.input_ids) - pack.num_filler, device=self.device),
-                "entropy": entropy[real].sum(),
-                "gap/logprob_mean": gap.abs().sum(),
-                "gap/k3": kl_estimate(-gap, torch.zeros_like(gap), k3=True).sum(),
-            }
-            if real.all():  # filler is alone in its pack
-                sums |= output.sums
-                for name, value in {**output.extremes, "gap/logprob_max": gap.abs().max()}.items():
-                    keep = torch.minimum if name.endswith("_min") else torch.maximum
-                    self.extremes[name] = keep(self.extremes[name], value) if name in self.extremes else value.detach()
-            for name, value in sums.items():
-                self.sums[name] = self.sums.get(name, 0) + value.detach().double()
+    def add(self, output: ObjectiveOutput, diagnosis: Measures, pack: Pack) -> None:
+        """Count a micro-batch. Filler is alone in its pack, so a pack counts whole or not at all."""
+        num_tokens = torch.tensor(len(pack.input_ids) - pack.num_filler, device=self.device)
+        sums = {"loss": output.loss, "num_tokens": num_tokens, "num_predictions": (pack.prediction >= 0).sum()}
+        if pack.num_filler < len(pack.input_ids):
+            sums |= output.measures.sums | diagnosis.sums
+            for name, value in (output.measures.extremes | diagnosis.extremes).items():
+                keep = torch.minimum if name.endswith("_min") else torch.maximum
+                self.extremes[name] = keep(self.extremes[name], value) if name in self.extremes else value.detach()
+        for name, value in sums.items():
+            self.sums[name] = self.sums.get(name, 0) + value.detach().double()
 
     def reduce(self, accelerator: Any, gradient_norm: float, learning_rate: float) -> StepResult:
         own = ({k: float(v) for k, v in self.sums.items()}, {k: float(v) for k, v in self.extremes.items()})
@@ -196,25 +202,22 @@ class Totals:
         return StepResult(loss, gradient_norm, learning_rate, means, extremes, count, num_tokens)
 
 
-def merge_results(results: list[StepResult]) -> dict[str, float]:
-    """The metrics of one RL step from those of its updates: means over updates, extremes over all, the sums of tokens."""
+def merge_results(results: list[StepResult], group: str = "train") -> dict[str, float]:
+    """The metrics `group/*` of one RL step from those of its updates: means over updates, extremes over all, sums of counts.
 
-    def items(name: str) -> Iterator[tuple[str, float]]:
-        for result in results:
-            yield from getattr(result, name).items()
-
-    metrics: dict[str, list[float]] = {}
-    for result in results:
-        for name in ("loss", "gradient_norm", "learning_rate"):
-            metrics.setdefault(f"train/{name}", []).append(getattr(result, name))
-    for name, value in items("means"):
-        metrics.setdefault(name if "/" in name else f"train/{name}", []).append(value)
-    merged = {name: float(np.mean(values)) for name, values in metrics.items()}
-    for name, value in items("extremes"):
-        key = name if "/" in name else f"train/{name}"
+    A name that has a group already keeps it. No results, no metrics.
+    """
+    metrics: dict[str, float] = {}
+    if not results:
+        return metrics
+    for name in ("loss", "gradient_norm", "learning_rate"):
+        metrics[f"{group}/{name}"] = float(np.mean([getattr(r, name) for r in results]))
+    for name in results[0].means:
+        metrics[name if "/" in name else f"{group}/{name}"] = float(np.mean([r.means[name] for r in results]))
+    for name in results[0].extremes:
         keep = min if name.endswith("_min") else max
-        merged[key] = keep(merged[key], value) if key in merged else value
-    merged["train/num_updates"] = float(len(results))
-    merged["train/num_tokens"] = float(sum(r.num_tokens for r in results))
-    merged["train/num_predictions"] = float(sum(r.num_predictions for r in results))
-    return merged
+        metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in results)
+    metrics[f"{group}/num_updates"] = float(len(results))
+    for name in ("num_tokens", "num_predictions"):
+        metrics[f"{group}/{name}"] = float(sum(getattr(r, name) for r in results))
+    return metrics

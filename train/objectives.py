@@ -40,13 +40,20 @@ class ObjectiveInput:
 
 
 @dataclass
+class Measures:
+    """Numbers for the log."""
+
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    """Sums over predictions; divided there by their number over the step."""
+    extremes: dict[str, Tensor] = field(default_factory=dict)
+    """Largest values over predictions (names that end in _max) and least ones (_min)."""
+
+
+@dataclass
 class ObjectiveOutput:
     loss: Tensor
     """Scalar, the weighted sum."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    """Sums over predictions, for the log; divided there by their number over the step."""
-    extremes: dict[str, Tensor] = field(default_factory=dict)
-    """Largest values over predictions (names that end in _max) and least ones (_min), for the log."""
+    measures: Measures = field(default_factory=Measures)
 
 
 Objective = Callable[[ObjectiveInput, Any], ObjectiveOutput]
@@ -85,8 +92,10 @@ def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
         is_clipped = (ratio * x.advantages > bounded * x.advantages).float()
         return ObjectiveOutput(
             loss,
-            sums={"kl": kl.sum(), "clip_fraction": is_clipped.sum(), "ratio": ratio.sum()},
-            extremes={"ratio_max": ratio.max(), "ratio_min": ratio.min()},
+            Measures(
+                {"kl": kl.sum(), "clip_fraction": is_clipped.sum(), "ratio": ratio.sum()},
+                {"ratio_max": ratio.max(), "ratio_min": ratio.min()},
+            ),
         )
 
 
@@ -94,7 +103,7 @@ def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
 def likelihood(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
     """Supervised finetuning: minimise -sum w logp."""
     nll = -x.logprobs
-    return ObjectiveOutput((x.weights * nll).sum(), sums={"nll": nll.detach().sum()})
+    return ObjectiveOutput((x.weights * nll).sum(), Measures({"nll": nll.detach().sum()}))
 
 
 def token_weights(p: Predictions, loss_weighting: str, longest_response: int, max_response_length: int) -> np.ndarray:

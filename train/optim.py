@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 
-def build_optimizer(module: nn.Module, config: Any) -> torch.optim.Optimizer:
+def build_optimizer(module: nn.Module, config: Any, rate: float) -> torch.optim.Optimizer:
     """The optimizer of `config.optimizer` over the parameters that train. Matrices decay, vectors (norms, biases) do not."""
     settings = config.optimizer.params
     trained = [p for p in module.parameters() if p.requires_grad]
@@ -18,15 +18,9 @@ def build_optimizer(module: nn.Module, config: Any) -> torch.optim.Optimizer:
         {"params": [p for p in trained if p.ndim < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
-    rate = policy_learning_rate(config)
     if config.optimizer.name == "sgd":
         return torch.optim.SGD(groups, lr=rate)
     return torch.optim.AdamW(groups, lr=rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
-
-
-def policy_learning_rate(config: Any) -> float:
-    """Peak rate of the policy. RL files with a value model say policy_learning_rate, others learning_rate (configs/load.py fills it in)."""
-    return config.optimizer.params.policy_learning_rate
 
 
 def schedule_factor(scheduler: str, progress: float, min_scale: float = 0.0) -> float:

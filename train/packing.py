@@ -30,8 +30,8 @@ class Document:
     prompt_length: int
     block_size: int
     trace: Trace
-    first_prediction: int = 0
-    """Number of this document's first prediction in its batch; the others follow in slice order."""
+    numbers: np.ndarray
+    """Number of each of its predictions in its batch, in slice order."""
 
     @property
     def num_clean(self) -> int:
@@ -47,8 +47,11 @@ class Document:
         return int(self.trace.predicted.sum())
 
     def select(self, keep: np.ndarray) -> Document:
-        """A part of the slices (ascending indices or bool over S). Its predictions keep no numbers: `number` gives new ones."""
-        return Document(self.response, self.ids, self.prompt_length, self.block_size, self.trace.select(keep))
+        """A part of the slices (ascending indices or bool over S); its predictions keep their numbers."""
+        kept = np.zeros(len(self.trace.block), bool)
+        kept[keep] = True
+        numbers = self.numbers[kept[self.trace.predicted.nonzero()[0]]]
+        return Document(self.response, self.ids, self.prompt_length, self.block_size, self.trace.select(keep), numbers)
 
 
 @dataclass
@@ -74,16 +77,16 @@ class Predictions:
 
 
 def build_document(index: int, response: Response, trace: Trace, block_size: int) -> Document | None:
-    """The document of one response, slices in block order; None where nothing of it is trained."""
+    """The document of one response, slices in block order, numbered as if alone; None where nothing of it is trained."""
     if not len(trace.block):
         return None
     order = np.lexsort((trace.rank, trace.block))
     ids = np.concatenate([response.prompt_ids, response.response_ids]).astype(np.int64)
-    return Document(index, ids, len(response.prompt_ids), block_size, trace.select(order))
+    return Document(index, ids, len(response.prompt_ids), block_size, trace.select(order), np.arange(trace.predicted.sum()))
 
 
 def number(documents: list[Document]) -> Predictions:
-    """Number the predictions of `documents` in order (sets `first_prediction`) and say what each of them is."""
+    """Number the predictions of a batch in order (sets `Document.numbers`) and say what each of them is."""
     columns: dict[str, list[np.ndarray]] = {f.name: [] for f in fields(Predictions)}
     first_prediction = first_slice = 0
     for document in documents:
@@ -94,7 +97,7 @@ def number(documents: list[Document]) -> Predictions:
         columns["rank"].append(trace.rank[row])
         columns["slice"].append(row + first_slice)
         columns["weight"].append(trace.weight[row])
-        document.first_prediction = first_prediction
+        document.numbers = first_prediction + np.arange(len(row))
         first_prediction += len(row)
         first_slice += len(trace.block)
     return Predictions(*(np.concatenate(c) if c else np.zeros(0, np.int64) for c in columns.values()))
@@ -136,9 +139,7 @@ def split_long(document: Document, max_tokens: int) -> list[Document]:
         # Slices are in block order, so the clean prefix of slices start..end is that of the last one.
         tokens = block[start:] * size + np.arange(1, len(block) - start + 1) * size
         end = start + max(1, int(np.searchsorted(tokens, max_tokens, side="right")))
-        part = document.select(np.arange(start, end))
-        part.first_prediction = document.first_prediction + int(document.trace.predicted[:start].sum())
-        parts.append(part)
+        parts.append(document.select(np.arange(start, end)))
         start = end
     return parts
 
@@ -150,7 +151,7 @@ def assign(documents: list[Document], max_tokens: int, num_ranks: int) -> list[l
     fewest tokens. A rank may be left with an empty micro-batch.
     """
     parts = [part for document in documents for part in split_long(document, max_tokens)]
-    parts.sort(key=lambda d: (-d.num_tokens, d.first_prediction))
+    parts.sort(key=lambda d: -d.num_tokens)  # stable: equal ones stay in order
     packs: list[list[Document]] = []
     room: list[int] = []
     first_open = 0
@@ -230,7 +231,7 @@ def build_pack(documents: list[Document], mask_id: int, round_to: int = 1, logit
         row, predicted_column = trace.predicted.nonzero()
         rows.append(start + num_clean + row * size + predicted_column - logit_shift)
         targets.append(clean[row, predicted_column])
-        prediction.append(np.arange(len(row)) + document.first_prediction)
+        prediction.append(document.numbers)
         start += document.num_tokens
     filler = -start % round_to if documents else max(round_to, 1)
     if filler:
@@ -241,7 +242,7 @@ def build_pack(documents: list[Document], mask_id: int, round_to: int = 1, logit
         document_id.append(len(documents) + np.arange(filler))
     if not documents:
         rows.append(np.zeros(1, np.int64))
-        targets.append(np.zeros(1, np.int64))
+        targets.append(np.full(1, int(mask_id == 0)))  # any id but the mask: a forbidden one has no finite log-prob
         prediction.append(np.full(1, -1))
 
     def tensor(columns: list[np.ndarray]) -> Tensor:

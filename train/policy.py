@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from models.attention import attention_backend
+from models.checkpoint import Pretrained
 from models.decoder import Decoder
 from train.logprobs import chunked_logprobs
+from train.loop import Trainer
 from train.packing import Pack
 
 
@@ -45,3 +48,15 @@ class Policy(nn.Module):
             chunk=self.head_chunk,
         )
         return self.decoder.lm_head(hidden.index_select(0, pack.rows), project)
+
+
+def build_policy(model: Pretrained, config: Any, temperature: float) -> Policy:
+    """A policy as the config says. temperature: of the rollouts; 1 for supervised finetuning."""
+    t = config.training
+    return Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk)
+
+
+def policy_trainer(model: Pretrained, config: Any, accelerator: Any, temperature: float = 1.0) -> Trainer:
+    """The trainer of the policy. In configs with a value model the rate is called policy_learning_rate, else learning_rate."""
+    policy = build_policy(model, config, temperature)
+    return Trainer(policy, model, config, accelerator, config.optimizer.params.policy_learning_rate)

@@ -11,12 +11,13 @@ import numpy as np
 from common.errors import UserError
 from common.records import ScoredRollout
 from models.checkpoint import Pretrained
-from train.loop import StepResult, Tables, Trainer, merge_results
+from train.loop import Tables, Trainer, merge_results
 from train.methods import METHODS
 from train.objectives import OBJECTIVES, token_weights
 from train.packing import Document, Predictions, build_document, number, split_rows
-from train.policy import Policy
+from train.policy import Policy, build_policy
 from train.traces import TRACES, Response
+from train.value import ValueUpdate
 
 
 def as_response(rollout: ScoredRollout, max_response: int, block_size: int, fill_id: int) -> Response:
@@ -53,9 +54,11 @@ def update_plan(training: Any, num_rows: int, num_processes: int) -> tuple[int, 
 class PolicyUpdate:
     """Updates the policy from scored rollouts. Holds the trainer, and the frozen reference model where KL is held to one."""
 
-    def __init__(self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None) -> None:
-        """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one."""
-        self.trainer, self.config, self.fill_id = trainer, config, fill_id
+    def __init__(
+        self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None, value: ValueUpdate | None = None
+    ) -> None:
+        """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one; value: the critic, if any."""
+        self.trainer, self.config, self.fill_id, self.value = trainer, config, fill_id, value
         self.block_size = config.training.block_size
         method = METHODS.get(config.training.method, "training.method")
         if method.stage != "rl":
@@ -66,15 +69,17 @@ class PolicyUpdate:
         self.objective = OBJECTIVES.get(config.training.objective or method.objective, "training.objective")
         self.reference: Policy | None = None
         if reference is not None:
-            self.reference = trainer.build_policy(reference, config.rollout.temperature).to(trainer.accelerator.device)
+            self.reference = build_policy(reference, config, config.rollout.temperature).to(trainer.accelerator.device)
             self.reference.requires_grad_(False)
+
+    def responses(self, rollouts: list[ScoredRollout]) -> list[Response]:
+        return [as_response(r, self.config.training.max_gen_length, self.block_size, self.fill_id) for r in rollouts]
 
     def documents(self, rollouts: list[ScoredRollout], step: int) -> list[Document]:
         """One document per response that trains something; `Document.response` indexes `rollouts`."""
         training = self.config.training
         documents = []
-        for index, rollout in enumerate(rollouts):
-            response = as_response(rollout, training.max_gen_length, self.block_size, self.fill_id)
+        for index, (rollout, response) in enumerate(zip(rollouts, self.responses(rollouts), strict=True)):
             trace = self.trace(response, self.block_size, training, trace_generator(training.seed, step, rollout))
             document = build_document(index, response, trace, self.block_size)
             if document is not None:
@@ -87,39 +92,44 @@ class PolicyUpdate:
         documents = self.documents(rollouts, step)
         if not documents:
             return {}
+        predictions = number(documents)
         num_rows = sum(len(np.unique(d.trace.rank)) for d in documents)
         epochs, updates = update_plan(training, num_rows, self.trainer.accelerator.num_processes)
         generator = np.random.default_rng([training.seed, step])
         parts = [part for _ in range(epochs) for part in split_rows(documents, updates, generator)]
-        # Log-probs that must be known before the first update changes the weights.
-        before = [self.before_update(part, rollouts, several=len(parts) > 1) for part in parts]
-        results: list[StepResult] = []
-        for index, (part, (predictions, tables)) in enumerate(zip(parts, before, strict=True)):
-            number(part)  # again: epochs share documents
-            longest = max(r.num_response for r in rollouts)
-            tables.weights = token_weights(predictions, training.loss_weighting, longest, self.config.rollout.max_response_length)
+        # Whatever must be known before the first update changes the weights.
+        tables = self.before_update(documents, predictions, rollouts, several=len(parts) > 1)
+        critic, metrics = None, {}
+        if self.value is not None:
+            tables.advantages, critic, metrics = self.value.advantages(rollouts, self.responses(rollouts), documents, predictions)
+        longest = min(training.max_gen_length, max(r.num_response for r in rollouts))
+        results, value_results = [], []
+        for index, part in enumerate(parts):
+            own = np.concatenate([d.numbers for d in part])
+            tables.weights = np.zeros(len(predictions))
+            tables.weights[own] = token_weights(predictions.select(own), training.loss_weighting, longest, training.max_gen_length)
             tables.kl_weights = tables.weights
             progress = (step - 1 + index / len(parts)) / self.config.experiment.total_step
+            if self.value is not None and self.value.is_due(step):
+                value_results += self.value.step(part, critic, tables.weights, progress)
             results.append(self.trainer.step(part, tables, self.objective, progress))
-        return merge_results(results)
+        return {**merge_results(results), **merge_results(value_results, "value"), **metrics}
 
-    def before_update(self, part: list[Document], rollouts: list[ScoredRollout], several: bool) -> tuple[Predictions, Tables]:
-        """The predictions of a part and what is known of them before any weight moves."""
+    def before_update(self, documents: list[Document], p: Predictions, rollouts: list[ScoredRollout], several: bool) -> Tables:
+        """What is known of the predictions before any weight moves (the weights of their losses come part by part)."""
         training = self.config.training
-        predictions = number(part)
-        advantage = np.array([r.advantage for r in rollouts])[predictions.response]
+        advantages = np.array([r.advantage for r in rollouts])[p.response]
         # Other slices than those that sampling saw have other log-probs: there is nothing to compare with.
-        engine = gather_tokens([r.logprobs for r in rollouts], predictions) if self.follows_steps else None
-        old = None
+        engine = gather_tokens([r.logprobs for r in rollouts], p) if self.follows_steps else None
+        old = kl = None
         if training.old_logprobs == "engine":
             old = engine
         elif training.old_logprobs == "trainer" or (training.old_logprobs == "auto" and several):
-            old = self.trainer.logprobs(part, len(predictions))
-        kl = None
+            old = self.trainer.outputs(documents, len(p))
         if self.reference is not None:
-            kl = self.trainer.logprobs(part, len(predictions), self.reference)
+            kl = self.trainer.outputs(documents, len(p), self.reference)
         empty = np.zeros(0)
-        return predictions, Tables(advantage, empty, empty, old_logprobs=old, kl_logprobs=kl, engine_logprobs=engine)
+        return Tables(advantages, empty, empty, old_logprobs=old, kl_logprobs=kl, engine_logprobs=engine)
 
 
 def gather_tokens(values: list[list[float]], predictions: Predictions) -> np.ndarray:

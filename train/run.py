@@ -17,7 +17,7 @@ from common.metrics import MetricsLog
 from common.report import write_report
 from common.run_dir import STATE_FILE, RunDir
 from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
-from train.loop import Trainer
+from train.policy import policy_trainer
 
 REPORT_EVERY_SECONDS = 20.0
 
@@ -42,7 +42,7 @@ class Run:
             if self.is_main:
                 self.directory.check(config)
         self.model = self.load_model(check)
-        self.trainer = Trainer(self.model, config, self.accelerator, temperature)
+        self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
         self.metrics: MetricsLog | None = None
         self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0
@@ -85,7 +85,7 @@ class Run:
             restore(saved["extra"])
             self.accelerator.load_state(str(folder))
             self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
-            if self.is_main and not saved["finished"]:
+            if self.is_main and self.step < self.total_steps:
                 print(f"going on with {self.directory.path} behind step {self.step}", flush=True)
         started_at = self.config.experiment.current_epoch
         if started_at > 1 and started_at != self.step + 1:
@@ -118,7 +118,7 @@ class Run:
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name."""
-        policy = self.trainer.policy
+        policy = self.trainer.module
         if dist.uses_deepspeed(self.accelerator):
             state = self.accelerator.get_state_dict(policy)
         else:  # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out

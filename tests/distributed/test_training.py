@@ -1,4 +1,4 @@
-"""Training is the same in one process and in two, under DDP and ZeRO: updates to rounding, whole RL runs, engine and checkpoints."""
+"""Training is the same in one process and in two, under DDP and ZeRO: updates, whole RL runs, the engine, checkpoints."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from common.records import ScoredRollout
 from tests.distributed import training_jobs
 from tests.distributed.harness import run_on_ranks
-from tests.train.steps import error, forget_accelerator, requests_of_every_remainder, sample, scored, tiny_model
+from tests.train.steps import error, forget_accelerator, requests_of_every_remainder, sample, scored, tiny_model, weights
 
 TOLERANCE = 1e-6  # of the tensor's largest entry, float32
 
@@ -28,8 +28,8 @@ WHOLE, CUT = ["training.max_tokens_per_microbatch=100000"], ["training.max_token
 @pytest.fixture(scope="module")
 def steps() -> list[list[ScoredRollout]]:
     """The rollouts of three updates: many, of unequal lengths; a single one, so that a rank has nothing; some more."""
-    requests = requests_of_every_remainder(4, seed=8, num_samples=4)
-    rollouts = scored(sample(tiny_model(7), requests, block_size=4, max_tokens=14, strategy="low_confidence_dynamic", threshold=0.4))
+    settings = dict(block_size=4, max_tokens=14, strategy="low_confidence_dynamic", threshold=0.4)
+    rollouts = scored(sample(tiny_model(7), requests_of_every_remainder(4, seed=8, num_samples=4), **settings))
     shortest = min(rollouts, key=lambda r: len(r.response_ids))
     return [rollouts, [shortest], rollouts[::2]]
 
@@ -83,6 +83,9 @@ def test_the_engine_samples_with_the_trained_weights(of_one_process, of_two_rank
 
 # -- whole runs
 
+SEED = 10086
+"""The default of training.seed: the start of the model "tiny-random"."""
+BFLOAT16 = ("zero2", "zero3")
 REWARD = """
 def remainder(task, text, rollout):
     return -(sum(map(ord, text)) % 7)
@@ -112,7 +115,8 @@ RL_SETTINGS = [
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rl")
     (folder / "reward.py").write_text(REWARD)
-    (folder / "held_out.json").write_text(json.dumps([{"question": f"s{n}=", "ground_truth_answer": "0"} for n in (10, 532, 9071, 88, 6)]))
+    tasks = [{"question": f"s{n}=", "ground_truth_answer": "0"} for n in (10, 532, 9071, 88, 6)]
+    (folder / "held_out.json").write_text(json.dumps(tasks))
     return folder
 
 
@@ -131,6 +135,8 @@ def run_of_one_process(folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs = {name: {"argv": command_line(folder, name, *overrides)} for name, overrides in MODES.items()}
+    for name in BFLOAT16:
+        runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}
     return run_on_ranks("tests.distributed.training_jobs:rl_runs", 2, {"runs": runs})
 
@@ -150,12 +156,12 @@ def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_proces
     for first, second in zip(found[1:], right[1:], strict=True):  # weights that differ by rounding have sampled these
         assert first == pytest.approx(second, rel=5e-3, abs=1e-3)
     assert any(key.startswith("eval/") for key in found[1]) and right[0]["train/num_updates"] == 2
-    start = dict(tiny_model(0, vocab_size=28).decoder.named_parameters())
+    start = weights(tiny_model(SEED, vocab_size=28))
     for result in runs_of_two_ranks:
         own = result[mode]
-        assert own["num_steps"] == run_of_one_process["num_steps"] == 6
+        assert own["num_processes"] == 2 and own["num_steps"] == run_of_one_process["num_steps"] == 6
         gap = error(own["weights"], run_of_one_process["weights"])
-        moved = error(own["weights"], {name: start[name].detach() for name in own["weights"]})
+        moved = error(own["weights"], start)
         print(f"{mode}: weights {gap:.1e} of the largest entry apart, {moved:.1e} from the start")
         assert gap < 1e-5 < 1e-3 < moved
         assert error(own["checkpoint"], own["weights"]) == 0, "the checkpoint is not what was trained"
@@ -165,3 +171,17 @@ def test_a_zero3_run_goes_on_where_it_was_broken_off(folder, runs_of_two_ranks):
     assert metrics(folder, "zero3 broken off") == metrics(folder, "zero3")
     for result in runs_of_two_ranks:
         assert error(result["zero3 broken off"]["weights"], result["zero3"]["weights"]) == 0
+
+
+@pytest.mark.parametrize("mode", BFLOAT16)
+def test_bfloat16_weights_are_sampled_with_as_they_are_trained(folder, runs_of_two_ranks, mode):
+    """The optimizer moves float32 copies: what the engine has and what is saved are their bfloat16 values, after each step."""
+    start = weights(tiny_model(SEED, vocab_size=28))
+    for row in metrics(folder, f"{mode} bfloat16"):
+        assert row["gap/logprob_mean"] < 0.02, "the engine sampled with other weights than the trainer's"
+    for result in runs_of_two_ranks:
+        own = result[f"{mode} bfloat16"]
+        assert {w.dtype for w in own["weights"].values()} == {torch.bfloat16}
+        rounded = {name: w.float() for name, w in own["weights"].items()}
+        assert error(own["checkpoint"], rounded) == 0, "the checkpoint is not what was trained"
+        assert error(rounded, start) > 5e-3, "rounding to bfloat16 alone makes 4e-3"

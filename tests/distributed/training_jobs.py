@@ -12,8 +12,8 @@ from common.records import ScoredRollout
 from models.checkpoint import load_pretrained
 from tests.train.steps import forget_accelerator, kept_gradients, requests_of_every_remainder, rl_config, sample, tiny_model
 from train.engine_weights import EngineWeights
-from train.loop import Trainer
 from train.packing import Pack, number
+from train.policy import policy_trainer
 from train.rl import PolicyUpdate
 
 
@@ -27,7 +27,7 @@ def updates_of(overrides: list[str], steps: list[list[ScoredRollout]]) -> dict[s
     config = rl_config(*overrides)
     accelerator = dist.make_accelerator(config)
     model = tiny_model(7)
-    update = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
     engine_weights = EngineWeights(accelerator, model)
     stepped = []  # DeepSpeed calls the optimizer once for each group of parameters, with the others empty; torch once for all
     update.trainer.optimizer.register_step_post_hook(lambda o, *_: stepped.extend(g for g in o.param_groups if g["params"]))
@@ -37,7 +37,7 @@ def updates_of(overrides: list[str], steps: list[list[ScoredRollout]]) -> dict[s
         for step, rollouts in enumerate(steps, start=1):
             documents = update.documents(rollouts, step)
             record["pack_sizes"].append([num_real(pack) for pack in update.trainer.micro_batches(documents)])
-            record["logprobs"].append(torch.from_numpy(update.trainer.logprobs(documents, len(number(documents)))))
+            record["logprobs"].append(torch.from_numpy(update.trainer.outputs(documents, len(number(documents)))))
             record["metrics"].append(update(rollouts, step))
             record["num_steps"].append(len(stepped) / num_groups)
             engine_weights.refresh(update.trainer.num_steps)
@@ -81,7 +81,7 @@ def rl_run(argv: list[str], broken_off_after: int | None = None) -> dict[str, An
         def close(self) -> None:
             self.engine_weights.refresh(self.run.trainer.num_steps)
             kept["weights"] = {n: p.detach().clone() for n, p in self.engine_weights.decoder.named_parameters()}
-            kept["num_steps"] = self.run.trainer.num_steps
+            kept["num_steps"], kept["num_processes"] = self.run.trainer.num_steps, self.run.accelerator.num_processes
             checkpoint = self.run.directory.checkpoints / "optimized"
             if checkpoint.exists():
                 loaded = load_pretrained(str(checkpoint), "sdar", torch.float32)

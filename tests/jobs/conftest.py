@@ -27,7 +27,7 @@ def jobs_dir(server: ForkServer, tmp_path_factory: pytest.TempPathFactory) -> Pa
     for name, number in [("train", 14), ("test", 6)]:
         records = json.loads((ROOT / "data" / f"tiny_sort_{name}.json").read_text())[:number]
         (folder / f"{name}.json").write_text(json.dumps(records))
-    changes = ["training.max_steps=50", "training.stop_at_solve_rate=null", "dataset.eval_dataset=null"]
+    changes = ["training.max_steps=80", "training.stop_at_solve_rate=null", "dataset.eval_dataset=null"]
     job = server.run("train/sft_sdar.py", ["config=configs/sft_tiny.yaml", f"experiment.project={folder}/sft", *changes])
     assert job.code == 0, job.err
     (folder / "sft" / "ckpt" / "optimized").rename(folder / "model")
@@ -87,9 +87,8 @@ def content(run: Path) -> dict[str, Any]:
         if name == "metrics.jsonl":
             found[name] = [{key: value for key, value in row.items() if is_deterministic(key)} for row in read_metrics(run)]
         elif name.startswith("results/") and path.suffix == ".json":
-            found[name] = [
-                {key: value for key, value in result.items() if key not in VARYING_RESULTS} for result in json.loads(path.read_text())
-            ]
+            results = json.loads(path.read_text())
+            found[name] = [{key: value for key, value in result.items() if key not in VARYING_RESULTS} for result in results]
         elif name.startswith("results/") and path.suffix == ".txt":
             found[name] = [line.split()[:-1] for line in path.read_text().splitlines()]
         elif name.startswith("state/") and path.suffix in (".bin", ".pkl"):

@@ -28,9 +28,11 @@ from tests.distributed.harness import ROOT, clean_environment
 
 MODULES = [
     "torch", "numpy", "accelerate", "transformers", "tokenizers", "safetensors.torch", "huggingface_hub", "omegaconf",
-    "torch.distributed", "torch.nn.parallel",
+    "torch.distributed", "torch.nn.parallel", "torch._dynamo", "torch.optim",
 ]  # fmt: skip
 """What jobs import of other people's code. Ours is imported by the child, so that plugins find it as they do in a job."""
+LAZY = {"transformers": ["AutoTokenizer", "PreTrainedTokenizerFast"]}
+"""Attributes that import what they are when they are first asked for."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,9 @@ class ForkServer:
 def serve() -> None:
     for module in MODULES:
         importlib.import_module(module)
+    for module, names in LAZY.items():
+        for name in names:
+            getattr(sys.modules[module], name)
     for line in sys.stdin:
         script, arguments, env, cwd, out, err, timeout_seconds = json.loads(line)
         pid = os.fork()

@@ -3,7 +3,7 @@
     KILL_AT=update:3     the place, a name in PLACES, and the step
     KILL_MARKER=FILE     made at the kill; where it exists already nothing is killed
 
-Without KILL_AT it changes nothing. It also registers the reward of those runs, which random weights earn too.
+Without KILL_AT it changes nothing. It also registers the reward of those runs, which differs more than right and wrong do.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from reward.registry import REWARDS, Score
 
 @REWARDS.register("digits")
 class DigitsReward(ExactReward):
-    """The share of the answer's characters that stand where they should; right from a quarter on."""
+    """The share of the answer's characters that stand where they should."""
 
     def score(self, responses, progress=None):
         scores = []
         for r in responses:
             share = sum(a == b for a, b in zip(r.text, r.task.answer)) / len(r.task.answer)
-            scores.append(Score(share, share >= 0.25))
+            scores.append(Score(share, share == 1))
         return scores
 
 
@@ -60,7 +60,9 @@ def kill_now(step: int | None = None) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def patch(owner: Any, name: str, before: bool = False, after: bool = False, when: Callable[..., bool] = lambda *a, **k: True) -> None:
+def patch(
+    owner: Any, name: str, before: bool = False, after: bool = False, when: Callable[..., bool] = lambda *a, **k: True
+) -> None:
     """Kill before or after a call of `owner.name` whose arguments `when` accepts."""
     original = getattr(owner, name)
 
@@ -186,7 +188,7 @@ def metrics_half_written() -> None:
     def half(self: Any, step: int, metrics: dict) -> None:
         if step == int(STEP) and not Path(os.environ["KILL_MARKER"]).exists():
             with open(self.path, "a") as file:
-                file.write('{"step": %d, "rollout/rew' % step)
+                file.write(f'{{"step": {step}, "rollout/rew')
         kill_now(step)
         write(self, step, metrics)
 

@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from common import dist
@@ -86,7 +85,3 @@ def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 
 def weights(model: Pretrained) -> dict[str, Tensor]:
     return {name: p.detach().float().cpu().clone() for name, p in model.decoder.named_parameters()}
-
-
-def set_one_thread() -> None:
-    torch.set_num_threads(1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import pytest
@@ -11,9 +10,20 @@ import torch
 import train.loop
 from common import dist
 from common.records import ScoredRollout
-from tests.train.steps import error, forget_accelerator, kept_gradients, requests_of_every_remainder, rl_config, sample, scored, tiny_model, weights
-from train.loop import StepResult, Trainer, merge_results
+from tests.train.steps import (
+    error,
+    forget_accelerator,
+    kept_gradients,
+    requests_of_every_remainder,
+    rl_config,
+    sample,
+    scored,
+    tiny_model,
+    weights,
+)
+from train.loop import StepResult, merge_results
 from train.packing import assign
+from train.policy import policy_trainer
 from train.rl import PolicyUpdate
 
 TOLERANCE = 1e-6  # of the tensor's largest entry, float32
@@ -38,7 +48,7 @@ def run_update(accelerator: Any, rollouts: list[ScoredRollout], *overrides: str,
     """One RL update from the same weights."""
     config = rl_config("rollout.max_token=14", "training.beta=0.1", f"training.max_tokens_per_microbatch={budget}", *overrides)
     model = tiny_model(7)
-    update = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
     with kept_gradients() as steps:
         metrics = update(rollouts, step=1)
     (gradients,) = steps
@@ -69,7 +79,7 @@ def whole(accelerator, rollouts) -> dict[str, Any]:
 def budget_of_eight(accelerator, rollouts) -> int:
     config = rl_config("rollout.max_token=14")
     model = tiny_model(7)
-    documents = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id).documents(rollouts, 1)
+    documents = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id).documents(rollouts, 1)
     return next(budget for budget in range(1000, 40, -1) if len(assign(documents, budget, 1)[0]) == 8)
 
 
@@ -128,7 +138,7 @@ def test_adamw_moves_the_weights_once_per_step(accelerator, rollouts, budget):
         "rollout.max_token=14",
     )
     model = tiny_model(7)
-    update = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
     calls = count_calls(update.trainer.optimizer, "step")
     by_hand = {name: w.double() for name, w in weights(model).items()}
     mean, square = ({name: torch.zeros_like(w) for name, w in by_hand.items()} for _ in range(2))

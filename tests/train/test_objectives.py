@@ -28,9 +28,9 @@ def test_ratios_are_clipped_only_where_that_lowers_the_surrogate():
     out = clipped(x, training())
     # min(1.5, 1.2), min(-1.5, -1.2), min(0.5, 0.8), min(-0.5, -0.8)
     assert out.loss.item() == pytest.approx(-(1.2 - 1.5 + 0.5 - 0.8))
-    assert out.sums["clip_fraction"] == 2
-    assert out.extremes["ratio_max"].item() == pytest.approx(1.5)
-    assert out.extremes["ratio_min"].item() == pytest.approx(0.5)
+    assert out.measures.sums["clip_fraction"] == 2
+    assert out.measures.extremes["ratio_max"].item() == pytest.approx(1.5)
+    assert out.measures.extremes["ratio_min"].item() == pytest.approx(0.5)
     out.loss.backward()
     assert x.logprobs.grad.tolist() == pytest.approx([0.0, 1.5, -0.5, 0.0])
 

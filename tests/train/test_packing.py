@@ -122,8 +122,7 @@ def test_a_long_document_is_split_by_slices():
     parts = split_long(documents[0], 24)
     assert len(parts) > 1
     assert sum(p.num_predictions for p in parts) == documents[0].num_predictions
-    firsts = [p.first_prediction for p in parts]
-    assert firsts == list(np.cumsum([0] + [p.num_predictions for p in parts[:-1]]))
+    assert np.concatenate([p.numbers for p in parts]).tolist() == list(range(documents[0].num_predictions))
 
 
 def test_rows_are_split_evenly_and_each_once():
@@ -162,6 +161,8 @@ def test_an_empty_micro_batch_counts_nothing(tiny):
     pack = build_pack([], tiny.mask_id, round_to=8)
     logprobs, _ = Policy(tiny.decoder, tiny.forbidden_ids)(pack)
     assert pack.prediction.tolist() == [-1] and torch.isfinite(logprobs).all()
+    logprobs, _ = Policy(tiny.decoder, forbidden_ids=[0])(build_pack([], mask_id=0))
+    assert torch.isfinite(logprobs).all()
 
 
 def test_token_weights_by_hand():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -14,12 +15,21 @@ from common import dist
 from common.records import ScoredRollout
 from models.attention import masked_attention
 from models.checkpoint import Pretrained
-from tests.train.steps import error, forget_accelerator, kept_gradients, requests_of_every_remainder, rl_config, sample, scored, tiny_model
-from train.loop import Trainer
+from tests.train.steps import (
+    error,
+    forget_accelerator,
+    kept_gradients,
+    requests_of_every_remainder,
+    rl_config,
+    sample,
+    scored,
+    tiny_model,
+)
+from train.policy import policy_trainer
 from train.rl import PolicyUpdate, gather_tokens
 
 TOLERANCE = 1e-5
-BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TOKENS = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 11
+BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TOKENS, MAX_TRAINED = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 11, 9
 WEIGHTINGS = ("reference", "step", "response", "token", "constant")
 
 
@@ -28,10 +38,10 @@ class UpdateWithGivenOld(PolicyUpdate):
 
     given: list[list[float]]
 
-    def before_update(self, *args: Any, **kwargs: Any):
-        predictions, tables = super().before_update(*args, **kwargs)
+    def before_update(self, documents: Any, predictions: Any, *args: Any, **kwargs: Any):
+        tables = super().before_update(documents, predictions, *args, **kwargs)
         tables.old_logprobs = gather_tokens(self.given, predictions)
-        return predictions, tables
+        return tables
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +54,10 @@ def accelerator():
 @pytest.fixture(scope="module")
 def rollouts() -> list[ScoredRollout]:
     """Nine responses, several tokens at a step, stops inside blocks; engine log-probs that differ a little from the trainer's."""
-    settings = dict(block_size=BLOCK_SIZE, max_tokens=MAX_TOKENS, temperature=TEMPERATURE, strategy="low_confidence_dynamic", threshold=0.3)
-    out = scored(sample(tiny_model(3), requests_of_every_remainder(BLOCK_SIZE, seed=5, num_samples=2)[:5], **settings))[:9]
+    settings = dict(block_size=BLOCK_SIZE, max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
+    requests = requests_of_every_remainder(BLOCK_SIZE, seed=5, num_samples=2)
+    out = scored(sample(tiny_model(3), requests, strategy="low_confidence_dynamic", threshold=0.3, **settings))[:9]
+    assert any(r.num_response > MAX_TRAINED for r in out) and any(r.finish == "stop" for r in out)
     for seed, rollout in enumerate(out):
         rollout.logprobs = noisy(rollout, seed + 1000, 0.2)
     return out
@@ -58,6 +70,10 @@ def noisy(rollout: ScoredRollout, seed: int, scale: float) -> list[float]:
 # -- by hand
 
 
+def num_trained(rollout: ScoredRollout) -> int:
+    return min(rollout.num_response, MAX_TRAINED)
+
+
 def slices(rollout: ScoredRollout, shrink: int) -> list[tuple[int, int, list[int], list[int]]]:
     """(block start, k, masked positions, trained positions tau) for every block and every `shrink` of its distinct steps."""
     prompt, out = len(rollout.prompt_ids), []
@@ -68,7 +84,7 @@ def slices(rollout: ScoredRollout, shrink: int) -> list[tuple[int, int, list[int
         for k, first in enumerate(range(0, len(distinct), shrink)):
             joined = distinct[first : first + shrink]
             masked = [p for p in step if step[p] >= joined[0]]
-            tau = [p for p in step if step[p] in joined and p - prompt < rollout.num_response]
+            tau = [p for p in step if step[p] in joined and p - prompt < num_trained(rollout)]
             if tau:
                 out.append((start, k, masked, tau))
     return out
@@ -92,18 +108,18 @@ def loss_by_hand(
     """(loss, what the log should say)."""
     per_response = [slices(r, training.shrink) for r in rollouts]
     num_responses = len(rollouts)
-    num_tokens = sum(r.num_response for r in rollouts)
+    num_tokens = sum(num_trained(r) for r in rollouts)
     num_pairs = sum(len({k for _, k, _, _ in own}) for own in per_response)
-    longest = max(r.num_response for r in rollouts)
+    longest = max(num_trained(r) for r in rollouts)
     loss, kls, clipped, ratios = torch.zeros((), dtype=torch.float64), [], [], []
     for n, (rollout, own) in enumerate(zip(rollouts, per_response, strict=True)):
         for start, _, masked, tau in own:
             weight = {
                 "reference": 1 / (longest * num_pairs),
                 "step": 1 / (len(tau) * num_responses),
-                "response": 1 / (rollout.num_response * num_responses),
+                "response": 1 / (num_trained(rollout) * num_responses),
                 "token": 1 / num_tokens,
-                "constant": 1 / (num_responses * MAX_TOKENS),
+                "constant": 1 / (num_responses * MAX_TRAINED),
             }[training.loss_weighting]
             logprobs = forward(model, rollout, start, masked, tau)
             with torch.no_grad():
@@ -126,7 +142,7 @@ def loss_by_hand(
     return loss, {**log, "train/ratio_max": max(ratios), "train/ratio_min": min(ratios)}
 
 
-CASES = [(weighting, shrink, index % 2 == 0, index % 3 == 0) for index, (weighting, shrink) in enumerate((w, s) for s in (1, 3) for w in WEIGHTINGS)]
+CASES = [(w, shrink, n % 2 == 0, n % 3 == 0) for n, (shrink, w) in enumerate(itertools.product((1, 3), WEIGHTINGS))]
 
 
 @pytest.mark.parametrize("weighting, shrink, k3, to_reference", CASES)
@@ -141,6 +157,7 @@ def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts, wei
         f"training.importance_cap={IMPORTANCE_CAP if k3 and shrink == 1 else 'null'}",
         f"rollout.temperature={TEMPERATURE}",
         f"rollout.max_token={MAX_TOKENS}",
+        f"training.max_gen_length={MAX_TRAINED}",
         "training.max_tokens_per_microbatch=150",
         "training.head_chunk=5",
     )
@@ -150,7 +167,7 @@ def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts, wei
     names, parameters = zip(*model.decoder.named_parameters(), strict=True)
     gradients = dict(zip(names, torch.autograd.grad(loss, parameters), strict=True))
 
-    update = UpdateWithGivenOld(Trainer(model, config, accelerator, TEMPERATURE), config, model.fill_id, reference)
+    update = UpdateWithGivenOld(policy_trainer(model, config, accelerator, TEMPERATURE), config, model.fill_id, reference)
     update.given = old
     assert len(update.trainer.micro_batches(update.documents(rollouts, 1))) > 1
     with kept_gradients() as steps:
@@ -169,7 +186,7 @@ def test_several_updates_hold_to_the_log_probs_before_the_first(accelerator):
     model = tiny_model(3)
     rollouts = scored(sample(model, requests_of_every_remainder(BLOCK_SIZE, seed=6), block_size=BLOCK_SIZE, max_tokens=8))
     config = rl_config("training.num_updates_per_step=3", "rollout.max_token=8")
-    update = PolicyUpdate(Trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
     with kept_gradients() as steps:
         metrics = update(rollouts, step=1)
     assert len(steps) == update.trainer.num_steps == metrics["train/num_updates"] == 3

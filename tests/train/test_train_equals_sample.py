@@ -128,5 +128,6 @@ def test_tokens_behind_the_stop_are_seen_and_not_trained(models):
     cut = [r for r in rollouts if r.finish == "stop" and r.num_response % 8 != 0 and len(r.response_ids) - r.num_response >= 2]
     assert cut and all(r.response_ids[r.num_response - 1] in STOP_IDS for r in cut)
     assert max(gaps(model, cut, 1.0)) < TOLERANCE
-    blind = [Rollout(**{**vars(r), "step_map": r.step_map[: r.num_response] + [0] * (len(r.step_map) - r.num_response)}) for r in cut]
+    never = [r.step_map[: r.num_response] + [0] * (len(r.step_map) - r.num_response) for r in cut]
+    blind = [Rollout(**{**vars(r), "step_map": step_map}) for r, step_map in zip(cut, never, strict=True)]
     assert gaps(model, blind, 1.0)[0] > 100 * TOLERANCE

@@ -1,0 +1,346 @@
+"""A mistake of the user's: one line that says what is wrong, exit code 2, and nothing written."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Iterator
+
+import pytest
+
+from common.metrics import read_metrics
+from common.records import read_rollouts
+from tests.jobs.conftest import listing
+from tests.jobs.fork_server import ForkServer, Job
+
+SCRIPTS = {"rl": "rl.py", "sft": "train/sft_sdar.py", "eval": "eval.py"}
+
+
+
+@dataclass
+class Place:
+    """Where a case may make its files."""
+
+    folder: Path
+    jobs_dir: Path
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def project(self) -> Path:
+        return self.folder / "run"
+
+    def model(self, config: dict[str, Any] | None = None, without: tuple[str, ...] = ()) -> Path:
+        """A copy of the tiny checkpoint with changed keys of config.json (None: removed), without some of its files."""
+        copy = self.folder / "model"
+        shutil.copytree(self.jobs_dir / "model", copy)
+        for name in without:
+            (copy / name).unlink()
+        old = json.loads((copy / "config.json").read_text())
+        new = {key: value for key, value in {**old, **(config or {})}.items() if value is not None}
+        (copy / "config.json").write_text(json.dumps(new))
+        self.changes["model.pretrained_model"] = copy
+        return copy
+
+    def data(self, key: str, content: Any) -> Path:
+        """A data set as `key`: records, or the text of the file."""
+        file = self.folder / "data.json"
+        file.write_text(content if isinstance(content, str) else json.dumps(content))
+        self.changes[key] = file
+        return file
+
+
+@pytest.fixture
+def place(tmp_path: Path, jobs_dir: Path) -> Place:
+    return Place(tmp_path, jobs_dir)
+
+
+@pytest.fixture
+def start(server: ForkServer, settings: Callable[..., list[str]]) -> Callable[[str, Place], Job]:
+    def start(job: str, place: Place, env: dict[str, str] | None = None) -> Job:
+        return server.run(SCRIPTS[job], settings(job, place.project, place.changes), env)
+
+    return start
+
+
+def assert_refused(start: Callable[..., Job], job: str, place: Place, *words: str) -> None:
+    """One line on stderr with all `words`, exit code 2, and no file or directory made, changed or removed."""
+    before = listing(place.folder)
+    ended = start(job, place)
+    assert ended.code == 2, (ended.code, ended.out, ended.err)
+    lines = [line for line in ended.error_lines if not line.startswith("warning: settings")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
+    for word in words:
+        assert word in lines[0], f"{word!r} is not in: {lines[0]}"
+    assert "step 1" not in ended.out
+    assert listing(place.folder) == before
+
+
+TASK = {"question": "s52910=", "ground_truth_answer": "01259"}
+
+
+# ---- models
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_missing_model(job: str, place: Place, start: Any):
+    place.changes["model.pretrained_model"] = place.folder / "nowhere"
+    assert_refused(start, job, place, "model.pretrained_model", f"no directory {place.folder}/nowhere")
+
+
+def test_model_without_config(place: Place, start: Any):
+    (place.model() / "config.json").unlink()
+    assert_refused(start, "rl", place, "model.pretrained_model", "no config.json")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_another_family(job: str, place: Place, start: Any):
+    place.model({"model_type": "llama"})
+    assert_refused(start, job, place, "model.model_base: sdar reads model_type sdar", "says 'llama'", "no known family reads it")
+
+
+def test_another_registered_family(place: Place, start: Any):
+    place.model({"model_type": "renamed"})
+    place.changes["experiment.plugins"] = f"[{Path(__file__).with_name('extension.py')}]"
+    assert_refused(start, "rl", place, "says 'renamed'", "set model.model_base to renamed")
+
+
+def test_an_unknown_family(place: Place, start: Any):
+    place.changes["model.model_base"] = "sdarr"
+    assert_refused(start, "rl", place, "model.model_base: unknown model family 'sdarr' (did you mean sdar?)")
+
+
+@pytest.mark.parametrize("job, key", [("rl", "rollout"), ("eval", "evaluation")])
+def test_block_size_that_the_checkpoint_contradicts(job: str, key: str, place: Place, start: Any):
+    place.changes[f"{key}.block_size"] = 8
+    assert_refused(start, job, place, f"{key}.block_size: got 8", "says block_size 4: set it to 4")
+
+
+def test_block_size_is_known_before_the_weights_are_read(place: Place, start: Any):
+    place.model(without=("model.safetensors",))
+    place.changes["rollout.block_size"] = 8
+    assert_refused(start, "rl", place, "rollout.block_size: got 8")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_missing_tokenizer(job: str, place: Place, start: Any):
+    place.model(without=("tokenizer.json", "tokenizer_config.json"))
+    assert_refused(start, job, place, f"{place.folder}/model: no tokenizer")
+
+
+def test_stop_token_that_the_tokenizer_does_not_have(place: Place, start: Any):
+    place.changes["rollout.stop_token_list"] = "['<|im_end|>']"
+    assert_refused(start, "rl", place, "stop_token_list", "'<|im_end|>' is no single token of this model")
+
+
+def test_no_stop_token_at_all(place: Place, start: Any):
+    copy = place.model({"eos_token_id": None})
+    settings = json.loads((copy / "tokenizer_config.json").read_text())
+    (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
+    special = copy / "special_tokens_map.json"
+    if special.is_file():
+        special.unlink()
+    assert_refused(start, "eval", place, "evaluation.stop_token_list: no token ends a response")
+
+
+def test_truncated_weights(place: Place, start: Any):
+    file = place.model() / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    assert_refused(start, "rl", place, str(file), "not a whole safetensors file")
+
+
+def test_weights_of_another_shape(place: Place, start: Any):
+    place.model({"intermediate_size": 96})
+    assert_refused(start, "rl", place, "model.layers.0.mlp.gate_proj.weight has shape")
+
+
+# ---- data
+
+
+DATA_KEYS = [("rl", "dataset.train_dataset"), ("rl", "dataset.eval_dataset"), ("eval", "dataset.eval_dataset"),
+             ("sft", "dataset.optimization_data"), ("sft", "dataset.eval_dataset")]  # fmt: skip
+
+
+@pytest.mark.parametrize("job, key", DATA_KEYS)
+def test_empty_data_file(job: str, key: str, place: Place, start: Any):
+    file = place.data(key, "")
+    place.changes["model.pretrained_model"] = place.folder / "nowhere"  # which is looked for later
+    assert_refused(start, job, place, f"{file}: the file is empty")
+
+
+@pytest.mark.parametrize("job, key", DATA_KEYS)
+def test_record_without_its_field(job: str, key: str, place: Place, start: Any):
+    file = place.data(key, [TASK, TASK, {"question": "s11="}])
+    field = "response" if key == "dataset.optimization_data" else "ground_truth_answer"
+    assert_refused(start, job, place, f"{file}: record 3: field '{field}' is missing")
+
+
+def test_missing_data_set(place: Place, start: Any):
+    place.changes["dataset.train_dataset"] = "MATH500"
+    assert_refused(start, "rl", place, "no data set 'MATH500'", "python data/download_data.py --dataset MATH500")
+
+
+def test_broken_json(place: Place, start: Any):
+    file = place.data("dataset.train_dataset", "[{]")
+    assert_refused(start, "rl", place, f"{file}: not JSON", "line 1")
+
+
+def test_more_tasks_per_step_than_there_are(place: Place, start: Any):
+    place.changes["rollout.num_task_per_step"] = 15
+    assert_refused(start, "rl", place, "rollout.num_task_per_step: got 15", "has 14 tasks")
+
+
+# ---- settings
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"trainig.eps": 0.3}, ["trainig.eps: unknown setting", "did you mean training.eps?"]),
+        ({"training.epss": 0.3}, ["training.epss: unknown setting", "did you mean training.eps?"]),
+        ({"training.eps": "much"}, ["training.eps: got 'much'", "a number"]),
+        ({"training.method": "TracRL"}, ["training.method", "did you mean TraceRL?"]),
+        ({"training.method": "semi-ar"}, ["training.method", "a method of sft"]),
+        ({"training.objective": "cliped"}, ["training.objective", "did you mean clipped?"]),
+        ({"rollout.remasking_strategy": "low_confidence"}, ["rollout.remasking_strategy", "unmasking strategy 'low_confidence'"]),
+        ({"rollout.target": "margin"}, ["rollout.target", "did you mean margin_confidence?"]),
+        ({"dataset.data_type": "exakt"}, ["dataset.data_type", "did you mean exact?"]),
+        ({"experiment.deepspeed_file": "1_node_3_gpus"}, ["experiment.deepspeed_file: no file '1_node_3_gpus'", "there are: "]),
+        ({"experiment.plugins": "[nowhere.py]"}, ["experiment.plugins: no such file: nowhere.py"]),
+        ({"reward.function": "nowhere.py:score"}, ["reward.function", "nowhere.py"]),
+        ({"reward.function": f"{__file__}:nothing"}, ["reward.function", "no function 'nothing'"]),
+        ({"config": "configs/rl_tny.yaml"}, ["config=configs/rl_tny.yaml: no such file", "configs/rl_tiny.yaml"]),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_settings(changes: dict[str, Any], words: list[str], place: Place, start: Any):
+    place.changes |= changes
+    assert_refused(start, "rl", place, *words)
+
+
+def test_deepspeed_files_are_listed(place: Place, start: Any):
+    from common.deepspeed_files import deepspeed_file_names
+
+    place.changes["experiment.deepspeed_file"] = "nothing"
+    assert_refused(start, "rl", place, *deepspeed_file_names())
+
+
+# ---- run directories
+
+
+def test_a_run_of_another_config(place: Place, start: Any):
+    assert start("rl", place).code == 0
+    place.changes["training.eps"] = 0.3
+    assert_refused(start, "rl", place, "holds a run of another config (training.eps: 0.2 there, 0.3 here)", "start_from_scratch=false")
+
+
+def test_going_on_with_a_mistake_leaves_the_run_alone(place: Place, start: Any):
+    """start_from_scratch=false may go on with other settings; not with ones that cannot work."""
+    assert start("rl", place).code == 0
+    place.changes |= {"experiment.start_from_scratch": "false", "experiment.total_step": 4}
+    for key, value in [("model.pretrained_model", place.folder / "nowhere"), ("rollout.block_size", 8)]:
+        good = place.changes.get(key)
+        place.changes[key] = value
+        assert_refused(start, "rl", place, key)
+        place.changes.pop(key)
+        if good is not None:
+            place.changes[key] = good
+    place.data("dataset.train_dataset", [{**TASK, "id": n} for n in range(14)])
+    assert_refused(start, "rl", place, "the data set has changed since this run was saved")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_project_that_is_a_file(job: str, place: Place, start: Any):
+    place.project.write_text("mine")
+    assert_refused(start, job, place, f"experiment.project: {place.project}")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_project_below_a_file(job: str, place: Place, start: Any):
+    (place.folder / "file").write_text("mine")
+    place.changes["experiment.project"] = place.folder / "file" / "run"
+    assert_refused(start, job, place, "experiment.project", f"{place.folder}/file is no directory")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_project_that_is_no_run_directory(job: str, place: Place, start: Any):
+    place.project.mkdir()
+    (place.project / "thesis.tex").write_text("mine")
+    assert_refused(start, job, place, "is no run directory (no config.yaml)")
+
+
+# ---- the disk
+
+
+@pytest.mark.parametrize("point", ["rollouts", "metrics", "state", "ckpt", "results"])
+def test_full_disk(point: str, place: Place, start: Any):
+    """Simulated: writing below `point` fails as it does on a full disk. With room again the run goes on."""
+    place.changes["experiment.plugins"] = f"[{Path(__file__).with_name('full_disk.py')}]"
+    ended = start("rl", place, {"FULL_DISK": point})
+    assert ended.code == 2, (ended.out, ended.err)
+    assert len(ended.error_lines) == 1 and "error: " in ended.err, ended.err
+    assert "the disk" in ended.err and ("is full" in ended.err or "No space left on device" in ended.err)
+    again = start("rl", place)
+    assert again.code == 0, again.err
+    assert [row["step"] for row in read_metrics(place.project)] == [1, 2]
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small disk needs root's right to mount: {mounted.stderr.strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+@pytest.mark.parametrize("job", ["rl", "sft"])
+def test_really_full_disk(job: str, place: Place, start: Any, small_disk: Path):
+    """Half a megabyte of weights, as much of optimizer state and more do not fit into one."""
+    place.changes["experiment.project"] = small_disk / "run"
+    ended = start(job, place)
+    assert ended.code == 2, (ended.out, ended.err)
+    assert len(ended.error_lines) == 1 and "the disk" in ended.err, ended.err
+
+
+# ---- prompts
+
+
+def test_long_prompts_are_dropped_and_counted(place: Place, start: Any):
+    records = json.loads((place.jobs_dir / "train.json").read_text())
+    for record in records[:7]:
+        record["question"] = record["question"].replace("=", "0" * 20 + "=")
+    place.data("dataset.train_dataset", records)
+    place.changes |= {"training.max_prompt_len": 16, "rollout.num_task_per_step": 14}
+    ended = start("rl", place)
+    assert ended.code == 0, ended.err
+    for row in read_metrics(place.project):
+        assert row["rollout/dropped_groups_prompt_too_long"] == 7
+        assert row["rollout/num_groups"] == 14
+    rollouts = read_rollouts(place.project / "rollouts" / "step_000001.jsonl")
+    long = [r for r in rollouts if r.dropped == "prompt too long"]
+    assert len(long) == 7 and len(rollouts) == 7 + 7 * 4
+    assert all(len(r.prompt_ids) <= 16 for r in rollouts)
+
+
+def test_prompts_that_are_all_too_long_skip_the_step(place: Place, start: Any):
+    place.changes["training.max_prompt_len"] = 3
+    place.changes["evaluation.if_eval"] = "false"
+    ended = start("rl", place)
+    assert ended.code == 0, ended.err
+    assert "warning: step 1: every response was dropped" in ended.err
+    rows = read_metrics(place.project)
+    assert [row["train/skipped"] for row in rows] == [1, 1]
+    assert [row["rollout/dropped_groups_prompt_too_long"] for row in rows] == [4, 4]
+
+
+def test_sft_with_prompts_that_are_all_too_long(place: Place, start: Any):
+    place.changes["training.max_prompt_len"] = 3
+    assert_refused(start, "sft", place, "every prompt is longer than training.max_prompt_len")
+
+
