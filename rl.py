@@ -97,7 +97,7 @@ class RLRun:
         self.scorer = Scorer(config, {task.id: task for task in tasks}, model.tokenizer)
         self.cursor = TaskCursor(tasks, config.training.seed)
         reference = self.run.load_model() if config.training.kl_to == "reference" and config.training.beta else None
-        self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference)
+        self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
         self.evaluator = None
         if eval_tasks is not None:
             self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks)

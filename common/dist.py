@@ -27,6 +27,7 @@ import os
 import time
 import warnings
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, TypeVar
 
 import torch
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+POLICY, VALUE = "policy", "value"
+"""Names of the models that are trained."""
 COLLECTIVE_TIMEOUT = datetime.timedelta(hours=4)
 """A rank that has finished its rollouts waits for the one with the longest answers. A dead rank is the launcher's matter."""
 
@@ -70,6 +73,9 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     they are whole only while their module runs), and its optimizer.
     """
     plugin = _deepspeed_plugin(config) if trains else None
+    plugins = plugin
+    if plugin is not None and config.model.value_base_model is not None:
+        plugins = {POLICY: plugin, VALUE: _deepspeed_plugin(config)}  # one for each model that is trained
     on_cpu = not torch.cuda.is_available() or _asked_for_cpu()
     _silence_libraries(on_cpu)
     if plugin is not None:
@@ -83,11 +89,10 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
         mixed_precision="bf16" if plugin is not None and weights_dtype(config) == torch.bfloat16 else "no",
         # DeepSpeed with cpu=True silently becomes DDP; without the backend it takes itself for a single process.
         cpu=on_cpu and plugin is None,
-        deepspeed_plugin=plugin,
+        deepspeed_plugin=plugins,
         kwargs_handlers=[
             InitProcessGroupKwargs(backend=backend, timeout=COLLECTIVE_TIMEOUT),
-            # The buffers (rotary frequencies) are alike everywhere; gradients as views of the buckets save a copy of them.
-            DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+            _ddp_settings(),
         ],
     )
     assert accelerator.num_processes == expected, f"{accelerator.num_processes} processes joined, {expected} were launched"
@@ -102,6 +107,23 @@ def _silence_libraries(on_cpu: bool) -> None:
     warnings.filterwarnings("ignore", message=replaced, category=FutureWarning)
     if on_cpu:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed warns that it has found no other
+
+
+def value_accelerator(accelerator: Accelerator) -> Accelerator:
+    """A second accelerator for the value model, of the same kind as the policy's: one prepares one model and its optimizer.
+
+    To be made when the policy has been prepared, for DeepSpeed's settings are switched over to the value model's.
+    """
+    if uses_deepspeed(accelerator):
+        accelerator.state.select_deepspeed_plugin(VALUE)
+        return Accelerator()
+    on_cpu = accelerator.device.type == "cpu"
+    return Accelerator(mixed_precision="no", cpu=on_cpu, kwargs_handlers=[_ddp_settings()])
+
+
+def _ddp_settings() -> DistributedDataParallelKwargs:
+    # The buffers (rotary frequencies) are alike everywhere; gradients as views of the buckets save a copy of them.
+    return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def _leave_process_group() -> None:
@@ -230,6 +252,35 @@ def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return float(norm)
+
+
+# ------------------------------------------------------------------------------------------------------------- the state
+
+
+def _trains_all(accelerator: Accelerator) -> bool:
+    return all(p.requires_grad for model in accelerator._models for p in model.parameters())
+
+
+def save_state(accelerator: Accelerator, folder: Path) -> None:
+    """Trained weights, optimizer and random states of all that was prepared; frozen weights are where they were read from."""
+
+    def drop_frozen(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
+        for model, state in zip(models, weights):  # under DeepSpeed there are none
+            for name, parameter in model.named_parameters():
+                if not parameter.requires_grad:
+                    state.pop(name, None)
+
+    hook = accelerator.register_save_state_pre_hook(drop_frozen)
+    # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
+    options = {} if _trains_all(accelerator) else {"exclude_frozen_parameters": True}
+    accelerator.save_state(str(folder), safe_serialization=False, **options)
+    hook.remove()
+
+
+def load_state(accelerator: Accelerator, folder: Path) -> None:
+    """What `save_state` has written, into what is prepared."""
+    strict = "load_module_strict" if uses_deepspeed(accelerator) else "strict"
+    accelerator.load_state(str(folder), **({} if _trains_all(accelerator) else {strict: False}))
 
 
 # ------------------------------------------------------------------------------------------------------ between the ranks

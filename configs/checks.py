@@ -32,13 +32,14 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len
         rollout.reward_model.max_generation_token
         evaluation.num_response_per_task
-        execute.num_chunk
+        execute.num_chunk execute.memory_mb
         reward.num_workers reward.timeout_seconds
         reward.judge.concurrency reward.judge.timeout_seconds
         training.shrink training.block_size training.mask_times_per_sample training.max_gen_length training.max_prompt_len
         training.eps training.eps_high training.importance_cap training.num_updates_per_step training.num_train_epochs
         training.batch_size_lm training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk
         training.max_grad_norm training.max_steps training.batch_size training.eval_every
+        training.lora.alpha
         optimizer.params.epsilon
         """
         + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active further_horizon"),
@@ -51,7 +52,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         rollout.reward_model.temperature
         reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
         reward.overlong_margin
-        training.post_num training.beta training.seed
+        training.post_num training.beta training.seed training.lora.rank
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
         optimizer.params.weight_decay
         lr_scheduler.params.learning_rate lr_scheduler.params.warmup_steps
@@ -80,7 +81,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lambda x: 0 <= x < 1,
         """
         training.validation_share
-        optimizer.params.beta1 optimizer.params.beta2
+        optimizer.params.beta1 optimizer.params.beta2 training.lora.dropout
         """,
     ),
 ]
@@ -108,6 +109,7 @@ def check(config: Config, job: str) -> None:
     _check_evaluation(config)
     _check_decoding(config)
     _check_training(config)
+    _check_lora(config, job)
     if job != "sft":
         _check_judge(config)
     if job == "rl":
@@ -237,6 +239,23 @@ def _check_training(config: Config) -> None:
             f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
             "without model.value_base_model they are one setting, give only one of them"
         )
+
+
+def _check_lora(config: Config, job: str) -> None:
+    from models.lora_targets import resolve_targets
+    from models.registry import FAMILIES
+
+    lora = config.training.lora
+    if job == "eval" or not lora.rank:
+        return
+    resolve_targets(FAMILIES.get(config.model.model_base), lora.target_modules)
+    if config.model.pretrained_model == "tiny-random":
+        raise UserError(
+            "training.lora.rank: is given, but model.pretrained_model is tiny-random, which is made anew by every job: "
+            "an adapter needs a base on disk"
+        )
+    if job == "rl" and lora.dropout:
+        raise UserError(f"training.lora.dropout: got {lora.dropout}, must be 0 for RL: what is trained has to be what was sampled")
 
 
 def _check_judge(config: Config) -> None:

@@ -195,7 +195,9 @@ class Execute:
     """Running of generated programs."""
 
     num_chunk: int = 128
-    """Programs tested at a time."""
+    """Programs tested at a time, at most: never more than the cores that a process of the job has."""
+    memory_mb: int = 1024
+    """What a program may use with all of its children, MiB."""
 
 
 @dataclass
@@ -247,11 +249,32 @@ class Reward:
     """Time limit for one answer; beyond it, it is wrong."""
     keep_solve_rate: list[float] = field(default_factory=lambda: [0.2, 0.8])
     """Groups whose share of right responses is outside these bounds (inclusive) are dropped, also those of equal rewards."""
+    code_score: Literal["share", "all"] = "share"
+    """Programs: the share of the tests that pass, or 1 where all pass and else 0. Share: groups are kept by reward alone, not
+    by keep_solve_rate."""
     answer_must_in_box: bool = False
     """Multimodal: only a boxed answer counts."""
     strict_len_check: bool = False
     """Multimodal: over-long answers score 0."""
     judge: Judge = field(default_factory=Judge)
+
+
+@dataclass
+class LoRA:
+    """Train a low-rank adapter beside frozen weights; checkpoints hold the adapter, in peft's format (docs/lora.md)."""
+
+    rank: int | None = None
+    """Of the adapter; null or 0: none, all weights train (an adapter that pretrained_model names is merged first)."""
+    alpha: float | None = None
+    """The adapter counts alpha/rank times; null: 2 * rank."""
+    target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    )
+    """Layers that get one, by their published names, or all-linear."""
+    dropout: float = 0.0
+    """SFT: share of the adapter's inputs that are dropped. (RL trains the very distribution that it samples.)"""
+    save_merged: bool = False
+    """Write the merged weights too, a whole checkpoint, as ckpt/NAME-merged."""
 
 
 @dataclass
@@ -342,6 +365,7 @@ class Training:
     """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
     loss_weight_by_ratio: bool = False
     """SFT, semi-ar: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has it."""
+    lora: LoRA = field(default_factory=LoRA)
 
 
 @dataclass

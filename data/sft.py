@@ -13,6 +13,7 @@ response, it goes on with the end token and the fill of the last block.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError
+from data.prompts import encode, end_token, render_chat, render_messages
 from data.tasks import DATA_DIR, find_file, read_records
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -74,18 +76,44 @@ def as_record(record: dict[str, Any], default_id: str) -> SFTRecord:
     return SFTRecord(record_id, record.get("prompt", ""), record["response"], record.get("step_map"), messages, is_rendered)
 
 
-def split(records: list[Any], share: float, seed: int) -> tuple[list[Any], list[Any]]:
-    """(what stays, what is held out), both in their order: `share` of the records, rounded, at least one, chosen by `seed`.
+def encode_sft(record: SFTRecord, tokenizer: Any, chat_style: str, is_chat: bool) -> tuple[list[int], list[int]]:
+    """Token ids of prompt and response; the response ends with the token that ends an answer. Rollouts are as they were sampled.
 
-    Raises UserError where nothing would stay.
+    is_chat: whether prompts of the data type are a user's turn (else they are the whole text).
+    """
+    if record.response_ids is not None:
+        return list(record.prompt_ids), list(record.response_ids)
+    if record.messages is not None:
+        text = render_messages(record.messages, chat_style, tokenizer)
+    else:
+        text = record.prompt if record.is_rendered or not is_chat else render_chat(record.prompt, chat_style, tokenizer)
+    response_ids = encode(tokenizer, record.response)
+    end = end_token(chat_style, tokenizer) if is_chat else tokenizer.eos_token_id
+    if end is not None and response_ids[-1:] != [end]:
+        response_ids.append(end)
+    return encode(tokenizer, text), response_ids
+
+
+def prompt_key(record: SFTRecord) -> str:
+    """Equal for records of one prompt."""
+    return json.dumps([record.prompt, record.is_rendered, record.messages, record.prompt_ids])
+
+
+def split(records: list[SFTRecord], share: float, seed: int) -> tuple[list[SFTRecord], list[SFTRecord]]:
+    """(what stays, what is held out), both in their order: `share` of the prompts, rounded, at least one, chosen by `seed`, with
+    all their records: no prompt is on both sides. Raises UserError where nothing would stay.
     """
     if not share:
         return records, []
-    number = max(1, round(share * len(records)))
-    if number >= len(records):
-        raise UserError(f"{len(records)} records are too few to hold out a share of {share}: take more data, or hold out none")
-    held_out = set(np.random.default_rng([seed, 5]).permutation(len(records))[:number].tolist())
-    return [r for i, r in enumerate(records) if i not in held_out], [r for i, r in enumerate(records) if i in held_out]
+    prompts = list(dict.fromkeys(prompt_key(record) for record in records))
+    number = max(1, round(share * len(prompts)))
+    if number >= len(prompts):
+        raise UserError(f"{len(prompts)} prompts are too few to hold out a share of {share}: take more data, or hold out none")
+    held_out = {prompts[i] for i in np.random.default_rng([seed, len(prompts)]).permutation(len(prompts))[:number]}
+    parts: tuple[list[SFTRecord], list[SFTRecord]] = ([], [])
+    for record in records:
+        parts[prompt_key(record) in held_out].append(record)
+    return parts
 
 
 def record_problem(record: dict[str, Any]) -> str | None:

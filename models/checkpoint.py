@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Callable
 
@@ -22,6 +22,7 @@ from common.errors import UserError
 from common.files import replace_directory
 from models.decoder import Decoder
 from models.family import FAMILIES, Family, Piece
+from models.lora import ADAPTER_CONFIG, LoRA, is_adapter, load_adapter, merged_folder, merged_state, read_config, save_adapter
 
 TINY_RANDOM = "tiny-random"
 """The name of a model that is made, not read: models/tiny.py."""
@@ -43,6 +44,8 @@ class Pretrained:
     path: Path | None
     """Directory it was read from; None for one made on the spot."""
     mask_id: int
+    adapter: LoRA | None = None
+    """The LoRA adapter that stands beside the weights; `path` is then that of its base."""
 
     @property
     def eos_ids(self) -> list[int]:
@@ -76,8 +79,10 @@ def find_directory(name: str) -> Path:
     """A local directory as it is, a hub name as its downloaded snapshot. Raises UserError."""
     path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise UserError(f"model.pretrained_model: {name} has no config.json: name a Hugging Face model directory")
+        if not (path / "config.json").is_file() and not is_adapter(path):
+            raise UserError(
+                f"model.pretrained_model: {name} has no config.json, nor {ADAPTER_CONFIG}: name a Hugging Face model directory"
+            )
         return path
     if path.exists():
         raise UserError(f"model.pretrained_model: {name} is a file: name the directory that holds config.json")
@@ -157,8 +162,8 @@ def load_pretrained(
 ) -> Pretrained:
     """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random"; `ignore` as in `load_weights`.
 
-    `check` is called with the model before its weights are read: what raises there is known at once. Raises UserError naming
-    what is wrong.
+    `check` is called with the model before its weights are read: what raises there is known at once. A LoRA adapter in peft's
+    format is read with the base that it names. Raises UserError naming what is wrong.
     """
     family = FAMILIES.get(model_base, "model.model_base")
     if name == TINY_RANDOM:
@@ -168,6 +173,10 @@ def load_pretrained(
         check(model)
         return model
     path = find_directory(name)
+    if is_adapter(path):
+        model = load_base(path, model_base, dtype, device, seed, ignore, check)
+        load_adapter(model, path, ignore)
+        return model
     try:
         config = json.loads((path / "config.json").read_text())
     except json.JSONDecodeError as error:
@@ -178,6 +187,18 @@ def load_pretrained(
     model = Pretrained(empty_decoder(family, config, dtype, device), family, tokenizer, config, path, mask_id)
     check(model)
     load_weights(model.decoder, family, path, ignore)
+    return model
+
+
+def load_base(path: Path, model_base: str, *arguments: Any) -> Pretrained:
+    """The model that the adapter in `path` belongs to; arguments as of `load_pretrained`. Raises UserError."""
+    base = read_config(path)["base_model_name_or_path"]
+    try:
+        model = load_pretrained(base, model_base, *arguments)
+    except UserError as error:
+        raise UserError(f"{path / ADAPTER_CONFIG}: base_model_name_or_path {base}: {error}") from error
+    if model.adapter is not None:
+        raise UserError(f"{path / ADAPTER_CONFIG}: base_model_name_or_path {base} is an adapter itself: name a whole model")
     return model
 
 
@@ -211,7 +232,7 @@ def weight_files(path: Path) -> list[Path]:
 def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str, ...] = ()) -> None:
     """Copy every published tensor of `path` into its rows of the decoder; a missing, surplus or misshapen one is an error.
 
-    `ignore`: names that may be there and are not the decoder's (a value head, say).
+    `ignore`: names whose presence or absence does not matter (the heads of a value model).
     """
     parameters = dict(decoder.named_parameters())
     with ExitStack() as stack:
@@ -226,7 +247,7 @@ def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str
         pieces = family.pieces(decoder.config)
         surplus = set(where) - {piece.published for piece in pieces} - set(ignore)
         surplus = {name for name in surplus if not name.endswith("rotary_emb.inv_freq")}
-        missing = [piece.published for piece in pieces if piece.published not in where]
+        missing = [piece.published for piece in pieces if piece.published not in {*where, *ignore}]
         if missing:
             raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}: not a {family.name} checkpoint?")
         if decoder.config.tie_word_embeddings and surplus == {"lm_head.weight"}:
@@ -241,6 +262,8 @@ def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str
             )
         with torch.no_grad():
             for piece in pieces:
+                if piece.published not in where:
+                    continue
                 target = piece_view(parameters, piece)
                 shape = tuple(where[piece.published].get_slice(piece.published).get_shape())
                 if shape != tuple(target.shape):
@@ -264,28 +287,41 @@ def piece_view(parameters: dict[str, Tensor], piece: Piece) -> Tensor:
     return parameters[piece.parameter][piece.start : piece.start + piece.rows]
 
 
-def published_state(state: dict[str, Tensor], family: Family, decoder_config: Any) -> dict[str, Tensor]:
+def published_state(state: dict[str, Tensor], family: Family, decoder: Decoder) -> dict[str, Tensor]:
     """A decoder's state dict under the published names, on the CPU (copies: fused rows would share one storage)."""
+    pieces = family.pieces(decoder.config)
+    if decoder.lm_head is None:  # a value model's
+        pieces = [piece for piece in pieces if not piece.parameter.startswith("lm_head.")]
     return {
         piece.published: torch.empty_like(view, device="cpu").copy_(view)
-        for piece in family.pieces(decoder_config)
+        for piece in pieces
         for view in [piece_view(state, piece).detach()]
     }
 
 
-def save_pretrained(model: Pretrained, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
+def save_pretrained(
+    model: Pretrained, state: dict[str, Tensor], folder: str | os.PathLike, extra: dict[str, Tensor] | None = None
+) -> None:
     """Write `state` (the decoder's, whole, under its own names) as a checkpoint like the one `model` was read from.
 
-    Written beside and renamed; an existing `folder` is replaced as a whole.
+    Written beside and renamed; an existing `folder` is replaced as a whole. Of a model with an adapter that alone is written, in
+    peft's format, and with `adapter.save_merged` the merged weights as FOLDER-merged. `extra`: tensors that are not the decoder's,
+    under their published names.
     """
     from huggingface_hub import save_torch_state_dict
 
     folder = Path(folder)
+    if model.adapter is not None:
+        save_adapter(model, state, folder)
+        if model.adapter.save_merged:
+            save_pretrained(replace(model, adapter=None), merged_state(model, state), merged_folder(folder))
+        return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
-    tensors = published_state(state, model.family, model.decoder.config)
+    tensors = published_state(state, model.family, model.decoder)
+    tensors |= {name: tensor.detach().cpu() for name, tensor in (extra or {}).items()}
     save_torch_state_dict(tensors, partial, max_shard_size=SHARD_SIZE, metadata={"format": "pt"})
     if model.path is not None:
         for file in sorted(model.path.iterdir()):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from models.checkpoint import Pretrained, load_pretrained, read_tensor
+from models.checkpoint import Pretrained, load_pretrained, read_tensor, save_pretrained
 from models.decoder import Attend, Decoder
 
 VALUE_HEAD = "value_head.weight"
@@ -31,11 +32,17 @@ class ValueModel(nn.Module):
         return self.head(hidden.index_select(0, rows))[:, 0].float()
 
 
+def save_value_model(model: Pretrained, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
+    """Write a value model's whole state dict as a checkpoint: the trunk under its published names, and the head."""
+    trunk = {name.removeprefix("decoder."): tensor for name, tensor in state.items() if name.startswith("decoder.")}
+    save_pretrained(model, trunk, folder, extra={VALUE_HEAD: state["head.weight"]})
+
+
 def load_value_model(
     name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[Pretrained, ValueModel]:
     """A value model from a checkpoint: its own head where it has one, else a head of zeros."""
-    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD,))
+    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD, "lm_head.weight"))
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
     if head is not None:

@@ -72,6 +72,11 @@ class Reward:
         self.settings = settings
 
     @classmethod
+    def from_config(cls, config: Any) -> Reward:
+        """Made for a job, whose other sections a reward may need too."""
+        return cls(config.reward)
+
+    @classmethod
     def instruction(cls, task: Task) -> str:
         """The text of the user's turn: by default the bare question."""
         return task.question
@@ -111,20 +116,27 @@ class Reward:
 REWARDS: Registry[type[Reward]] = Registry("reward (dataset.data_type)")
 REWARDS.register("math", "reward.math_reward:MathReward")
 REWARDS.register("exact", "reward.exact:ExactReward")
+REWARDS.register("code", "reward.code_reward:CodeReward")
 REWARDS.register("judge", "reward.judge:NoOutcome")
 
 RewardFunction = Callable[[Task, str, Rollout], "float | bool | Score"]
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function (reward.function)")
 
 
-def make_reward(data_type: str, settings: Any = None) -> Reward:
-    """The reward of `dataset.data_type`, scored by `settings.function` where that is set. Raises UserError."""
+def make_reward(data_type: str, settings: Any = None, config: Any = None) -> Reward:
+    """The reward of `dataset.data_type`, scored by `settings.function` where that is set. Raises UserError.
+
+    `settings`: the config's `reward` section; `config`: the whole, where there is one."""
+
+    def made(reward: type[Reward]) -> Reward:
+        return reward(settings) if config is None else reward.from_config(config)
+
     reward = REWARDS.get(data_type, "dataset.data_type")
     function = getattr(settings, "function", None)
     if function is None:
-        return reward(settings)
+        return made(reward)
     from reward.functions import FunctionReward, load_function
 
     if function in REWARDS and function not in REWARD_FUNCTIONS:
-        return REWARDS.get(function, "reward.function")(settings)
+        return made(REWARDS.get(function, "reward.function"))
     return FunctionReward(load_function(function), function, settings)

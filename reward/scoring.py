@@ -47,7 +47,7 @@ class Scorer:
         self.max_response = (decoding or config.rollout).max_response_length
         self.overlong_margin = config.reward.overlong_margin
         self.advantage = config.training.advantage
-        self.reward = make_reward(config.dataset.data_type, config.reward)
+        self.reward = make_reward(config.dataset.data_type, config.reward, config)
         # An evaluation counts right answers: there the judge is asked only where nothing else scores.
         if judge_is_set(config) and (decoding is None or not self.reward.has_outcome):
             self.reward = JudgedReward(self.reward, config, tokenizer, self.is_overlong)

@@ -9,6 +9,7 @@ import torch
 from common import dist
 from models.checkpoint import Pretrained, empty_decoder
 from models.decoder import Decoder
+from models.lora import attach
 
 
 class EngineWeights:
@@ -28,6 +29,9 @@ class EngineWeights:
         if self.sharded:
             dtype = model.decoder.dtype
             self.decoder = empty_decoder(model.family, model.config, dtype, accelerator.device).requires_grad_(False)
+            if model.adapter is not None:
+                attach(self.decoder, model.family, model.adapter)
+                self.decoder.requires_grad_(False)
 
     @torch.no_grad()
     def refresh(self, version: int) -> None:

@@ -135,6 +135,13 @@ class Trainer:
         self.num_steps += 1
         return totals.reduce(self.accelerator, norm, rate)
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The module's whole state dict, on the main process; all ranks together."""
+        if dist.uses_deepspeed(self.accelerator):
+            return self.accelerator.get_state_dict(self.module)
+        # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out.
+        return getattr(self.module, "module", self.module).state_dict()
+
     def learning_rate(self, progress: float) -> float:
         scheduler = self.config.lr_scheduler
         warmup = min(1.0, (self.num_steps + 1) / max(1, scheduler.params.warmup_steps))

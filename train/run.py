@@ -18,6 +18,7 @@ from common.report import write_report
 from common.run_dir import STATE_FILE, RunDir
 from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
 from train.policy import policy_trainer
+from train.value import ValueUpdate
 
 REPORT_EVERY_SECONDS = 20.0
 
@@ -43,6 +44,9 @@ class Run:
                 self.directory.check(config)
         self.model = self.load_model(check)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
+        self.value: ValueUpdate | None = None
+        if config.model.value_base_model is not None:
+            self.value = ValueUpdate(config, dist.value_accelerator(self.accelerator))
         self.metrics: MetricsLog | None = None
         self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0
@@ -85,6 +89,8 @@ class Run:
             restore(saved["extra"])
             self.accelerator.load_state(str(folder))
             self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
+            if self.value is not None:
+                self.value.load_state(folder)
             if self.is_main and self.step < self.total_steps:
                 print(f"going on with {self.directory.path} behind step {self.step}", flush=True)
         started_at = self.config.experiment.current_epoch
@@ -109,6 +115,8 @@ class Run:
         def write(folder: Path) -> None:
             # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
             self.accelerator.save_state(str(folder), safe_serialization=False)
+            if self.value is not None:
+                self.value.save_state(folder)
             if self.is_main:
                 (folder / STATE_FILE).write_text(json.dumps(saved), encoding="utf-8")
 
@@ -118,16 +126,14 @@ class Run:
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name."""
-        policy = self.trainer.module
-        if dist.uses_deepspeed(self.accelerator):
-            state = self.accelerator.get_state_dict(policy)
-        else:  # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out
-            state = getattr(policy, "module", policy).state_dict()
+        state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
             for name in names:
                 save_pretrained(self.model, state, self.directory.checkpoints / name)
+        if self.value is not None:
+            self.value.save_checkpoint(self.directory.checkpoints / self.config.model.optimized_value_name)
         dist.barrier(self.accelerator)
 
     # -- a step

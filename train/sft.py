@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,10 +12,10 @@ from common.errors import UserError, entry_point
 from common.launch import launch, needs_launch
 from common.records import Task
 from common.run_dir import is_over
-from data.sft import SFTRecord, load_sft
+from data.sft import SFTRecord, load_sft, split
 from data.tasks import load_tasks
 from train.methods import METHODS
-from train.traces import TRACES, Response
+from train.traces import TRACES
 
 
 @entry_point
@@ -25,10 +26,10 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config("sft", argv)
     if is_over(config):
         return
-    records, eval_tasks = load_data(config)
+    data = load_data(config)
     if needs_launch(config):
         launch(config, sys.argv[0], argv)
-    sft = SFTRun(config, records, eval_tasks)
+    sft = SFTRun(config, data)
     try:
         while sft.run.step < sft.run.total_steps:
             sft.update(sft.run.step + 1)
@@ -39,52 +40,64 @@ def main(argv: list[str] | None = None) -> None:
         sft.close()
 
 
-def load_data(config: Any) -> tuple[list[SFTRecord], list[Task] | None]:
-    """The records to finetune on, and the tasks to evaluate on: before anything long, so that mistakes in them show at once."""
-    records = load_sft(config.dataset.optimization_data, config.dataset.data_type)
-    evaluates = config.evaluation.if_eval and config.dataset.eval_dataset
-    return records, load_tasks(config.dataset.eval_dataset, config.dataset.data_type) if evaluates else None
+@dataclass
+class SFTData:
+    train: list[SFTRecord]
+    validation: list[SFTRecord]
+    """Held out for the validation loss; empty: none is computed."""
+    eval_tasks: list[Task] | None
+    """To sample answers to; None: not."""
 
 
-def as_response(prompt_ids: list[int], response_ids: list[int], step_map: list[int] | None, fill_id: int, block_size: int, max_response: int) -> Response:
-    """A record as training sees it: cut to `max_response` tokens, then filled up to the end of its last block.
-
-    The fill is trained like any token as far as `training.post_num` allows: a model samples whole blocks, so it has to know what
-    stands behind a stop token. In a given step map the fill is revealed one step behind everything else.
-    """
-    response_ids = response_ids[:max_response]
-    num_fill = -(len(prompt_ids) + len(response_ids)) % block_size
-    is_pad = np.arange(len(response_ids) + num_fill) >= len(response_ids)
-    steps = None
-    if step_map is not None:
-        steps = np.asarray(step_map[: len(response_ids)] + [max(step_map, default=0) + 1] * num_fill, dtype=np.int64)
-    ids = np.asarray(response_ids + [fill_id] * num_fill, dtype=np.int64)
-    return Response(np.asarray(prompt_ids, dtype=np.int64), ids, len(ids), steps, is_pad)
+def load_data(config: Any) -> SFTData:
+    """All that is read besides the model: before anything long, so that mistakes in it show at once."""
+    dataset, training = config.dataset, config.training
+    records = load_sft(dataset.optimization_data, dataset.data_type)
+    if dataset.validation_data is not None:
+        validation = load_sft(dataset.validation_data, dataset.data_type)
+    else:
+        records, validation = split(records, training.validation_share, training.seed)
+    if METHODS.get(training.method).trace == "trace":
+        for record in [*records, *validation]:
+            if record.step_map is None:
+                raise UserError(
+                    f"training.method: got 'trace', but record {record.id} has no step_map: `python -m data.prepare_sft "
+                    "--sample-steps MODEL` makes them, or choose semi-ar"
+                )
+    evaluates = config.evaluation.if_eval and dataset.eval_dataset
+    return SFTData(records, validation, load_tasks(dataset.eval_dataset, dataset.data_type) if evaluates else None)
 
 
 class SFTRun:
     """One finetuning run. Torch is imported here, behind the checks of the config."""
 
-    def __init__(self, config: Any, records: list[SFTRecord], eval_tasks: list[Task] | None) -> None:
+    def __init__(self, config: Any, data: SFTData) -> None:
         from eval import Evaluator
         from train.objectives import OBJECTIVES
         from train.run import Run
+        from train.sft_data import build_responses, fingerprint, warn_of_cuts
+        from train.validation import Validation
 
         self.config = config
         training = config.training
         method = METHODS.get(training.method, "training.method")
-        if method.stage != "sft":
-            choices = [name for name in METHODS if METHODS.get(name).stage == "sft"]
-            raise UserError(f"training.method: {training.method} is for {method.stage}, this is sft: choose {' or '.join(choices)}")
         self.trace = TRACES.get(method.trace)
         self.objective = OBJECTIVES.get(training.objective or method.objective, "training.objective")
-        per_epoch = -(-len(records) // training.batch_size)
-        check = (lambda model: None) if eval_tasks is None else (lambda model: Evaluator.check(config, model))
-        self.run = Run(config, training.max_steps or training.num_train_epochs * per_epoch, temperature=1.0, check=check)
-        self.responses = self.build_responses(records)
+        check = (lambda model: None) if data.eval_tasks is None else (lambda model: Evaluator.check(config, model))
+        self.run = Run(config, training.max_steps or 1, temperature=1.0, check=check)
+        model, dataset, is_main = self.run.model, config.dataset, self.run.is_main
+        self.responses = build_responses(config, model, data.train, str(dataset.optimization_data), is_main)
+        self.run.total_steps = training.max_steps or training.num_train_epochs * -(-len(self.responses) // training.batch_size)
+        self.fingerprint = fingerprint(self.responses)
+        if is_main:
+            warn_of_cuts(self.responses, self.trace, training)
+        self.validation = None
+        if data.validation:
+            source = str(dataset.validation_data or f"held-out part of {dataset.optimization_data}")
+            self.validation = Validation(build_responses(config, model, data.validation, source, is_main), self.trace, training)
         self.evaluator = None
-        if eval_tasks is not None:
-            self.evaluator = self.build_evaluator(eval_tasks)
+        if data.eval_tasks is not None:
+            self.evaluator = self.build_evaluator(data.eval_tasks)
         self.step_metrics: dict[str, float] = {}
         self.is_solved = False
         self.run.resume(self.restore)
@@ -92,31 +105,12 @@ class SFTRun:
             self.run.total_steps = self.run.step
 
     def restore(self, extra: dict[str, Any]) -> None:
-        self.is_solved = extra["is_solved"]
-
-    def build_responses(self, records: list[Any]) -> list[Response]:
-        from data.prompts import encode, render_chat
-        from reward.registry import REWARDS
-
-        model, training = self.run.model, self.config.training
-        is_chat = REWARDS.get(self.config.dataset.data_type).chat
-        responses, num_long = [], 0
-        for record in records:
-            text = render_chat(record.prompt, model.family.chat_style, model.tokenizer) if is_chat else record.prompt
-            prompt_ids = encode(model.tokenizer, text)
-            if len(prompt_ids) > training.max_prompt_len:
-                num_long += 1
-                continue
-            response_ids = model.tokenizer(record.response, add_special_tokens=False)["input_ids"] + [model.eos_ids[0]]
-            step_map = None if record.step_map is None else [*record.step_map, max(record.step_map) + 1]
-            responses.append(
-                as_response(prompt_ids, response_ids, step_map, model.fill_id, training.block_size, training.max_gen_length)
+        if extra["data"] != self.fingerprint:
+            raise UserError(
+                f"dataset.optimization_data: {self.config.dataset.optimization_data} has changed since this run was saved: put the old "
+                "file back, or start another run directory (experiment.project)"
             )
-        if num_long and self.run.is_main:
-            print(f"{num_long} of {len(records)} records dropped: prompt longer than training.max_prompt_len={training.max_prompt_len}")
-        if not responses:
-            raise UserError(f"{self.config.dataset.optimization_data}: every prompt is longer than training.max_prompt_len: raise it")
-        return responses
+        self.is_solved = extra["is_solved"]
 
     def build_evaluator(self, tasks: list[Task]) -> Any:
         from eval import Evaluator
@@ -129,39 +123,43 @@ class SFTRun:
         return Evaluator(self.config, model, engine, self.run.accelerator, tasks)
 
     def batch(self, step: int) -> list[int]:
-        """Records of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
+        """Responses of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
         size, number, seed = self.config.training.batch_size, len(self.responses), self.config.training.seed
         places = np.arange((step - 1) * size, step * size)
         orders = {epoch: np.random.default_rng([seed, epoch]).permutation(number) for epoch in np.unique(places // number)}
         return [int(orders[p // number][p % number]) for p in places]
 
     def update(self, step: int) -> None:
+        """One optimizer step. All that is random in it is a function of seed and step, so a resumed run repeats it."""
         from train.loop import Tables, merge_results
         from train.objectives import token_weights
-        from train.packing import build_document, number
+        from train.packing import number
+        from train.validation import build_documents
 
         training = self.config.training
         with self.run.phase("update"):
-            documents = []
-            for place, index in enumerate(self.batch(step)):
-                generator = np.random.default_rng([training.seed, step, place])
-                trace = self.trace(self.responses[index], training.block_size, training, generator)
-                document = build_document(place, self.responses[index], trace, training.block_size)
-                if document is not None:
-                    documents.append(document)
+            responses = [self.responses[index] for index in self.batch(step)]
+            documents = build_documents(responses, self.trace, training, [step])
+            self.step_metrics = {"train/num_documents": float(len(documents)), "train/skipped": float(not documents)}
+            if not documents:  # short responses, and every mask was drawn empty
+                return
             predictions = number(documents)
-            longest = max(len(self.responses[i].response_ids) for i in self.batch(step))
+            longest = max(len(response.response_ids) for response in responses)
             weights = token_weights(predictions, training.loss_weighting, longest, training.max_gen_length)
             zeros = np.zeros(len(predictions))
             progress = (step - 1) / self.run.total_steps
             result = self.run.trainer.step(documents, Tables(zeros, weights, zeros), self.objective, progress)
-        metrics = merge_results([result])
-        self.step_metrics = {key: value for key, value in metrics.items() if not key.startswith("gap/")}
+        self.step_metrics |= merge_results([result])
 
     def evaluate(self, step: int) -> None:
-        """The held-out tasks, every so many steps; ends the run where they are solved well enough."""
+        """Validation loss and held-out tasks, every so many steps; ends the run where the tasks are solved well enough."""
         training = self.config.training
-        if self.evaluator is None or (step % training.eval_every and step != self.run.total_steps):
+        if step % training.eval_every and step != self.run.total_steps:
+            return
+        if self.validation is not None:
+            with self.run.phase("validation"):
+                self.step_metrics |= self.validation(self.run.trainer)
+        if self.evaluator is None:
             return
         with self.run.phase("evaluation"):
             self.engine_weights.refresh(self.run.trainer.num_steps)
@@ -174,9 +172,9 @@ class SFTRun:
 
     def finish(self) -> None:
         seconds = self.run.watch.seconds.get("update")
-        if seconds:
+        if seconds and "train/num_tokens" in self.step_metrics:
             self.step_metrics["rate/update_tokens_per_second"] = self.step_metrics["train/num_tokens"] / seconds
-        self.run.finish_step(self.step_metrics, {"is_solved": self.is_solved})
+        self.run.finish_step(self.step_metrics, {"is_solved": self.is_solved, "data": self.fingerprint})
 
     def close(self) -> None:
         if self.evaluator is not None:

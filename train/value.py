@@ -6,16 +6,17 @@ Shapes: M predictions of a batch, as everywhere in train/; L tokens of a respons
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from common import dist
 from common.records import ScoredRollout
 from models.attention import attention_backend
-from models.checkpoint import Pretrained
-from models.value import ValueModel
+from models.value import ValueModel, load_value_model, save_value_model
 from train.loop import Columns, StepResult, Trainer
 from train.objectives import Measures, ObjectiveOutput
 from train.packing import Document, Pack, Predictions
@@ -113,17 +114,16 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
-def value_trainer(pretrained: Pretrained, model: ValueModel, config: Any, accelerator: Any) -> Trainer:
-    """The trainer of a value model of its own. It needs an accelerator of its own too (common/dist.py)."""
-    module = PackedValues(model, config.training.attention_backend)
-    return Trainer(module, pretrained, config, accelerator, config.optimizer.params.value_learning_rate)
-
-
 class ValueUpdate:
     """The critic beside the policy: old values and advantages before the policy's update, its own update with it."""
 
-    def __init__(self, trainer: Trainer, config: Any) -> None:
-        self.trainer, self.config = trainer, config
+    def __init__(self, config: Any, accelerator: Any) -> None:
+        """accelerator: the value model's own (common/dist.py)."""
+        self.config = config
+        name, family, dtype = config.model.value_base_model, config.model.model_base, dist.weights_dtype(config)
+        self.model, module = load_value_model(name, family, dtype, accelerator.device, config.training.seed)
+        packed = PackedValues(module, config.training.attention_backend)
+        self.trainer = Trainer(packed, self.model, config, accelerator, config.optimizer.params.value_learning_rate)
 
     def advantages(
         self, rollouts: list[ScoredRollout], responses: list[Response], documents: list[Document], p: Predictions
@@ -140,6 +140,25 @@ class ValueUpdate:
             "value/return": float(returns[place].mean()),
         }
         return advantages[place], ValueTables(old, returns[place], np.zeros(0)), metrics
+
+    # -- kept with the policy's state and checkpoints
+
+    def save_state(self, folder: Path) -> None:
+        """Into FOLDER/value; all ranks together."""
+        self.trainer.accelerator.save_state(str(folder / dist.VALUE), safe_serialization=False)
+        if self.trainer.accelerator.is_main_process:
+            (folder / dist.VALUE / "num_steps").write_text(str(self.trainer.num_steps))
+
+    def load_state(self, folder: Path) -> None:
+        self.trainer.accelerator.load_state(str(folder / dist.VALUE))
+        self.trainer.num_steps = int((folder / dist.VALUE / "num_steps").read_text())
+
+    def save_checkpoint(self, folder: Path) -> None:
+        state = self.trainer.state_dict()
+        if self.trainer.accelerator.is_main_process:
+            save_value_model(self.model, {name.removeprefix("model."): tensor for name, tensor in state.items()}, folder)
+
+    # -- the update
 
     def is_due(self, step: int) -> bool:
         """`experiment.train_value_every`."""

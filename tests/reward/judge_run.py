@@ -9,6 +9,8 @@ import sys
 from common.errors import entry_point
 from common.records import Rollout, Task
 from configs.schema import Config
+from reward.judge_client import JudgeRequest
+from reward.judge_prompts import GradingPrompt
 from reward.scoring import Scorer
 
 
@@ -38,6 +40,16 @@ def make_config(project: str | None, base_url: str | None = None, k_sample: int 
     settings = {"timeout_seconds": 5.0, "retry_seconds": 20.0, "concurrency": 4, **judge}
     config.reward.judge = dataclasses.replace(config.reward.judge, base_url=base_url, **settings)
     return config
+
+
+def requests(number: int, **fields) -> list[JudgeRequest]:
+    return [JudgeRequest(GradingPrompt("?", f"part {n}", "m", **fields), n) for n in range(number)]
+
+
+def replies_of(judge, asked: list[JudgeRequest]) -> dict[int, str]:
+    replies = {}
+    judge.complete(asked, lambda n, text: replies.setdefault(n, text))
+    return replies
 
 
 @entry_point

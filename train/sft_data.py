@@ -1,0 +1,122 @@
+"""Records of supervised finetuning -> responses as training sees them."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from common.errors import UserError, warn
+from data.sft import SFTRecord, encode_sft
+from models.checkpoint import Pretrained
+from reward.registry import REWARDS
+from train.packing import build_document, split_long
+from train.traces import Response, TraceMethod
+
+MUCH_REPEATED = 2.0
+"""Warn where cutting the longest document up multiplies its tokens by more than this."""
+
+
+def as_response(
+    prompt_ids: list[int], response_ids: list[int], step_map: list[int] | None, fill_id: int, block_size: int, max_response: int
+) -> Response:
+    """Text as training sees it: cut to `max_response` tokens, then filled up to the end of its last block.
+
+    The fill is trained like any token as far as `training.post_num` allows: a model samples whole blocks, so it has to know what
+    stands behind a stop token. `step_map` is for the response and may go on over the fill; what it leaves open is revealed one step
+    behind everything else.
+    """
+    given = None if step_map is None else list(step_map)
+    if len(response_ids) > max_response:
+        response_ids, given = response_ids[:max_response], None if given is None else given[:max_response]
+    num_fill = -(len(prompt_ids) + len(response_ids)) % block_size
+    is_pad = np.arange(len(response_ids) + num_fill) >= len(response_ids)
+    steps = None
+    if given is not None:
+        assert len(response_ids) <= len(given) <= len(is_pad), "the caller has compared the lengths"
+        steps = np.asarray(given + [max(given, default=0) + 1] * (len(is_pad) - len(given)), dtype=np.int64)
+    ids = np.asarray(response_ids + [fill_id] * num_fill, dtype=np.int64)
+    return Response(np.asarray(prompt_ids, dtype=np.int64), ids, len(ids), steps, is_pad)
+
+
+def rollout_response(record: SFTRecord, fill_id: int, block_size: int, max_response: int) -> Response:
+    """A rollout: its tokens behind the stop were visible while the block was denoised, so they stay, as context."""
+    num_fill = -(len(record.prompt_ids) + len(record.response_ids)) % block_size
+    steps = None if record.step_map is None else np.asarray(record.step_map + [0] * num_fill, dtype=np.int64)
+    return Response(
+        prompt_ids=np.asarray(record.prompt_ids, dtype=np.int64),
+        response_ids=np.asarray(record.response_ids + [fill_id] * num_fill, dtype=np.int64),
+        num_trained=min(record.num_response, max_response),
+        step_map=steps,
+    )
+
+
+def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int], fill_id: int, training: Any) -> Response:
+    """One record, encoded, as a response. Raises UserError where its step map is not of its tokens."""
+    size, longest = training.block_size, training.max_gen_length
+    if record.response_ids is not None:
+        return rollout_response(record, fill_id, size, longest)
+    steps = record.step_map
+    if steps is not None:
+        whole = len(response_ids) + -(len(prompt_ids) + len(response_ids)) % size
+        if not len(response_ids) - 1 <= len(steps) <= whole:
+            raise UserError(
+                f"record {record.id}: step_map has {len(steps)} entries, but the response has {len(response_ids)} tokens with its "
+                f"end, {whole} with the fill of its last block: it was made with another tokenizer or training.block_size"
+            )
+        if len(steps) < len(response_ids):  # the end token comes behind everything that was recorded
+            steps = [*steps, max(steps, default=0) + 1]
+    return as_response(prompt_ids, response_ids, steps, fill_id, size, longest)
+
+
+def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], source: str, tell: bool) -> list[Response]:
+    """The responses that are trained on. Longer prompts than training.max_prompt_len are dropped, longer responses than
+    training.max_gen_length cut; `tell`: print how many. Raises UserError where nothing is left, naming the data `source`."""
+    training, is_chat = config.training, REWARDS.get(config.dataset.data_type).chat
+    responses, num_dropped, num_cut = [], 0, 0
+    for record in records:
+        prompt_ids, response_ids = encode_sft(record, model.tokenizer, model.family.chat_style, is_chat)
+        if len(prompt_ids) > training.max_prompt_len:
+            num_dropped += 1
+            continue
+        highest = max([*prompt_ids, *response_ids], default=0)
+        if highest >= model.decoder.config.vocab_size:
+            raise UserError(f"record {record.id}: token id {highest} is beyond the model's {model.decoder.config.vocab_size}")
+        num_cut += len(response_ids) > training.max_gen_length
+        responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, training))
+    if tell and num_dropped:
+        print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than training.max_prompt_len={training.max_prompt_len}")
+    if tell and num_cut:
+        print(f"{source}: {num_cut} of {len(records)} responses cut to training.max_gen_length={training.max_gen_length}")
+    if not responses:
+        raise UserError(f"{source}: every prompt is longer than training.max_prompt_len={training.max_prompt_len}: raise it")
+    return responses
+
+
+def warn_of_cuts(responses: list[Response], trace: TraceMethod, training: Any) -> None:
+    """Warn where the token budget cuts the longest document into many parts: each of them carries the clean text before it."""
+    longest = max(responses, key=lambda r: len(r.prompt_ids) + len(r.response_ids))
+    generator = np.random.default_rng(training.seed)
+    document = build_document(0, longest, trace(longest, training.block_size, training, generator), training.block_size)
+    if document is None:
+        return
+    parts = split_long(document, training.max_tokens_per_microbatch)
+    repeated = sum(part.num_tokens for part in parts) / document.num_tokens
+    if repeated > MUCH_REPEATED:
+        warn(
+            f"training.max_tokens_per_microbatch={training.max_tokens_per_microbatch}: the longest document has {document.num_tokens} "
+            f"tokens and is cut into {len(parts)} parts that repeat its text, {repeated:.1f} times its cost: raise it as far as the "
+            "memory allows"
+        )
+
+
+def fingerprint(responses: list[Response]) -> str:
+    """Of the data, so that a run does not go on with another."""
+    digest = hashlib.blake2b(digest_size=8)
+    for r in responses:
+        steps = [] if r.step_map is None else r.step_map
+        for values in (r.prompt_ids, r.response_ids, steps):
+            digest.update(json.dumps(np.asarray(values).tolist()).encode())
+    return f"{len(responses)}:{digest.hexdigest()}"
