@@ -113,6 +113,7 @@ class RLRun:
         the same rounds without sampling, so the cursor ends where it ended.
         """
         from common.metrics import rollout_metrics
+        from reward.scoring import metrics_on_all_ranks
 
         rollout, file = self.config.rollout, self.run.directory.rollout_file(step)
         finished = self.from_main(lambda: read_rollouts(file) if file.is_file() else None)
@@ -135,7 +136,7 @@ class RLRun:
                 write_jsonl(file, scored)
             for round_file in self.run.directory.rollouts.glob(f"step_{step:06d}.round_*.jsonl"):
                 round_file.unlink()
-        self.step_metrics = rollout_metrics(scored)
+        self.step_metrics = {**rollout_metrics(scored), **metrics_on_all_ranks(self.scorer, self.run.accelerator)}
         return scored
 
     def from_main(self, read: Callable[[], Any]) -> Any:
@@ -157,6 +158,7 @@ class RLRun:
         version, title = self.run.trainer.num_steps, f"step {step}: rollout"
         self.engine_weights.refresh(version)
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title)
+        self.engine.release()  # the update, and a judge on this GPU, want the memory of its cache
         if self.run.is_main:
             write_jsonl(file, rollouts)
         return rollouts

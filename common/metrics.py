@@ -83,6 +83,7 @@ def rollout_metrics(scored: Sequence[ScoredRollout]) -> dict[str, float]:
         metrics["rollout/reward"] = _mean([rollout.reward for rollout in sampled])
         metrics["rollout/response_length"] = _mean(lengths)
         metrics["rollout/response_length_max"] = max(lengths)
+        metrics["rollout/num_tokens"] = sum(lengths)
         metrics["rollout/cut_off_share"] = _mean([rollout.finish == "length" for rollout in sampled])
         metrics["rollout/tokens_per_forward"] = tokens_per_forward(sampled)
     judged = [rollout.correct for rollout in sampled if rollout.correct is not None]

@@ -17,6 +17,7 @@ from common.metrics import MetricsLog
 from common.report import write_report
 from common.run_dir import STATE_FILE, RunDir
 from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
+from models.lora import prepare_for_training
 from train.policy import policy_trainer
 from train.value import ValueUpdate
 
@@ -43,6 +44,7 @@ class Run:
             if self.is_main:
                 self.directory.check(config)
         self.model = self.load_model(check)
+        prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
         self.value: ValueUpdate | None = None
         if config.model.value_base_model is not None:
@@ -87,7 +89,7 @@ class Run:
                     f"go on with experiment.num_processes={saved['num_processes']}"
                 )
             restore(saved["extra"])
-            self.accelerator.load_state(str(folder))
+            dist.load_state(self.accelerator, folder)
             self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
             if self.value is not None:
                 self.value.load_state(folder)
@@ -113,8 +115,7 @@ class Run:
         }
 
         def write(folder: Path) -> None:
-            # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
-            self.accelerator.save_state(str(folder), safe_serialization=False)
+            dist.save_state(self.accelerator, folder)
             if self.value is not None:
                 self.value.save_state(folder)
             if self.is_main:

@@ -91,7 +91,8 @@ def token_returns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns and advantages of every token of all responses, each [starts[-1]], from old values [starts[-1]].
 
-    An outcome reward falls on the tokens of the last step; a process reward (`token_rewards`) gives each token its own.
+    An outcome reward falls on the tokens of the last step; a process reward (`token_rewards`) gives each token its own, and what
+    the record has beside it as `outcome` falls on the last step too.
     """
     returns, advantages = np.zeros(starts[-1]), np.zeros(starts[-1])
     predicted = np.zeros(starts[-1], bool)
@@ -102,8 +103,8 @@ def token_returns(
         if rollout.token_rewards is None:
             rewards = outcome_rewards(rollout.reward, times)
         else:
-            rewards = np.zeros(len(times))
-            rewards[: len(rollout.token_rewards)] = rollout.token_rewards
+            rewards = outcome_rewards(rollout.outcome, times)
+            rewards[: len(rollout.token_rewards)] += rollout.token_rewards
         returns[own], advantages[own] = step_returns(rewards, values[own], times, training.gam, training.lam)
     return returns, advantages
 

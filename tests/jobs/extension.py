@@ -8,7 +8,8 @@ import dataclasses
 import numpy as np
 import torch
 
-from models.family import FAMILIES, Piece
+from models.family import Piece
+from models.registry import FAMILIES
 from reward.registry import REWARDS, TEXT, Reward, Score
 from sample.registry import UNMASKING
 from sample.unmask import rank

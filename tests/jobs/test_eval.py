@@ -1,0 +1,103 @@
+"""eval.py as a user starts it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Callable
+
+import pytest
+import yaml
+
+from common.records import read_rollouts
+from tests.jobs.conftest import listing
+from tests.jobs.fork_server import ForkServer
+
+DECODINGS = ["low_confidence_dynamic-top_k0", "low_confidence_static-top_k0", "low_confidence_dynamic-top_k1"]
+
+
+@pytest.fixture(scope="module")
+def evaluated(server: ForkServer, settings: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any]:
+    project = tmp_path_factory.mktemp("eval") / "run"
+    return project, server.run("eval.py", settings("eval", project))
+
+
+def results_of(project: Path) -> list[dict[str, Any]]:
+    return json.loads((project / "results" / "test.json").read_text())
+
+
+def test_what_it_leaves(evaluated: tuple[Path, Any]):
+    project, job = evaluated
+    assert job.code == 0 and job.err == "", job.err
+    table = (project / "results" / "test.txt").read_text()
+    assert table in job.out
+    assert [line.split()[0] for line in table.splitlines()[2:]] == DECODINGS
+    results = results_of(project)
+    assert [result["name"] for result in results] == DECODINGS
+    for result in results:
+        rollouts = read_rollouts(project / "results" / f"test.{result['name']}.jsonl")
+        assert len(rollouts) == result["num_responses"] == 6 * 4
+        right = {}
+        for rollout in rollouts:
+            right.setdefault(rollout.task_id, []).append(rollout.correct)
+        assert result["accuracy"] == pytest.approx(sum(map(sum, right.values())) / 24)
+        assert result["pass_at_k"] == pytest.approx(sum(map(any, right.values())) / 6)
+        assert result["mean_length"] == pytest.approx(sum(r.num_response for r in rollouts) / 24)
+        assert result["settings"]["top_k"] == int(result["name"][-1])
+        assert result["settings"]["max_token"] == 8 and result["settings"]["seed"] == 0
+
+
+def test_greedy_answers_are_all_alike(evaluated: tuple[Path, Any]):
+    greedy = results_of(evaluated[0])[2]
+    assert greedy["accuracy"] == greedy["pass_at_k"]
+
+
+def test_the_settings_are_kept(evaluated: tuple[Path, Any]):
+    project, _ = evaluated
+    kept = yaml.safe_load((project / "results" / "test.config.yaml").read_text())
+    assert kept["evaluation"]["max_token"] == 8
+    assert kept == yaml.safe_load((project / "config.yaml").read_text())
+
+
+def test_two_processes_find_the_same(evaluated: tuple[Path, Any], server: ForkServer, settings: Any, tmp_path: Path):
+    """Requests are dealt out to the ranks; what a sequence draws does not depend on where it is drawn."""
+    job = server.run("eval.py", settings("eval", tmp_path / "run", {"experiment.num_processes": 2}))
+    assert job.code == 0, job.err
+    for one, two in zip(results_of(evaluated[0]), results_of(tmp_path / "run"), strict=True):
+        assert {key: one[key] for key in one if "second" not in key} == {key: two[key] for key in two if "second" not in key}
+    for name in DECODINGS:
+        file = Path("results") / f"test.{name}.jsonl"
+        ours, theirs = read_rollouts(evaluated[0] / file), read_rollouts(tmp_path / "run" / file)
+        assert [r.response_ids for r in ours] == [r.response_ids for r in theirs]
+
+
+def test_into_the_directory_of_a_training_run(server: ForkServer, settings: Any, tmp_path: Path):
+    """The run's own settings stay, so that it can still go on."""
+    project = tmp_path / "run"
+    assert server.run("rl.py", settings("rl", project)).code == 0
+    config, state = (project / "config.yaml").read_text(), listing(project / "state")
+    model = {"model.pretrained_model": project / "ckpt" / "optimized"}
+    assert server.run("eval.py", settings("eval", project, model)).code == 0
+    assert (project / "config.yaml").read_text() == config and listing(project / "state") == state
+    again = server.run("rl.py", settings("rl", project))
+    assert again.code == 0 and again.out.startswith("finished: ")
+
+
+@pytest.mark.parametrize("script, config", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])
+def test_print_config(script: str, config: str, server: ForkServer, tmp_path: Path):
+    job = server.run(script, [f"config=configs/{config}.yaml", f"experiment.project={tmp_path}/run", "training.eps=0.3", "--print-config"])
+    assert job.code == 0 and job.err == ""
+    shown = yaml.safe_load(job.out)
+    assert shown["training"]["eps"] == 0.3 and shown["experiment"]["project"] == f"{tmp_path}/run"
+    assert not (tmp_path / "run").exists()
+    # What is printed is a config of its own.
+    (tmp_path / "again.yaml").write_text(job.out)
+    again = server.run(script, [f"config={tmp_path}/again.yaml", "--print-config"])
+    assert again.code == 0 and yaml.safe_load(again.out) == shown
+
+
+@pytest.mark.parametrize("script", ["rl.py", "eval.py", "train/sft_sdar.py"])
+def test_help(script: str, server: ForkServer):
+    job = server.run(script, ["--help"])
+    assert job.code == 0 and job.err == ""
+    assert "training.eps: float = 0.2" in job.out and "experiment.project" in job.out
