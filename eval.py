@@ -119,7 +119,7 @@ class Evaluator:
         from sample.rollout import check_decoding
 
         for decoding in config.evaluation.variants():
-            check_decoding(model, decoding, "evaluation")
+            check_decoding(model, decoding, "evaluation", config.model.block_size)
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
         """One result per decoding, the same on every rank."""

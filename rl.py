@@ -85,7 +85,7 @@ class RLRun:
         self.config = config
 
         def check(model: Any) -> None:
-            check_decoding(model, config.rollout, "rollout")
+            check_decoding(model, config.rollout, "rollout", config.model.block_size)
             if eval_tasks is not None:
                 Evaluator.check(config, model)
 
@@ -157,6 +157,8 @@ class RLRun:
         settings = sampling_settings(self.config.rollout, self.run.model, self.config.training.seed, step)
         version, title = self.run.trainer.num_steps, f"step {step}: rollout"
         self.engine_weights.refresh(version)
+        if self.run.value is not None:
+            self.run.value.rest()
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title)
         self.engine.release()  # the update, and a judge on this GPU, want the memory of its cache
         if self.run.is_main:
@@ -177,6 +179,8 @@ class RLRun:
     def update(self, scored: list[ScoredRollout], step: int) -> None:
         trained = [r for r in scored if r.dropped is None]
         with self.run.phase("update"):
+            if self.run.value is not None:
+                self.run.value.wake()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics:
             warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")

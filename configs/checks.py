@@ -27,7 +27,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """
         experiment.total_step experiment.save_every experiment.eval_every experiment.save_state_every
         experiment.train_value_every experiment.current_epoch experiment.num_node experiment.num_processes
-        model.image_resolution
+        model.image_resolution model.block_size
         rollout.num_task_per_step rollout.num_response_per_task rollout.resample_max_rounds
         rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len
         rollout.reward_model.max_generation_token
@@ -51,8 +51,8 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         experiment.node_index
         rollout.reward_model.temperature
         reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
-        reward.overlong_margin
-        training.post_num training.beta training.seed training.lora.rank
+        reward.overlong_margin reward.overlong_penalty_tokens
+        training.post_num training.beta training.value_loss_weight training.seed training.lora.rank
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
         optimizer.params.weight_decay
         lr_scheduler.params.learning_rate lr_scheduler.params.warmup_steps
@@ -198,6 +198,10 @@ def _check_decoding(config: Config) -> None:
     from sample.registry import TARGETS, UNMASKING
 
     block_model = FAMILIES.get(config.model.model_base).attention == "block"
+    if config.model.block_size is not None and not block_model:
+        raise UserError(
+            f"model.block_size: got {config.model.block_size}, but {config.model.model_base} is no block model: leave it out"
+        )
     for section, d in _decodings(config):
         _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
         _registered(TARGETS, d.target, f"{section}.target")
@@ -249,11 +253,12 @@ def _check_lora(config: Config, job: str) -> None:
     if job == "eval" or not lora.rank:
         return
     resolve_targets(FAMILIES.get(config.model.model_base), lora.target_modules)
-    if config.model.pretrained_model == "tiny-random":
-        raise UserError(
-            "training.lora.rank: is given, but model.pretrained_model is tiny-random, which is made anew by every job: "
-            "an adapter needs a base on disk"
-        )
+    for key in ("pretrained_model", "value_base_model"):
+        if getattr(config.model, key) == "tiny-random":
+            raise UserError(
+                f"training.lora.rank: got {lora.rank}, but model.{key} is tiny-random, which every job makes anew: "
+                "an adapter needs a base on disk"
+            )
     if job == "rl" and lora.dropout:
         raise UserError(f"training.lora.dropout: got {lora.dropout}, must be 0 for RL: what is trained has to be what was sampled")
 
@@ -288,12 +293,23 @@ def _check_rl(config: Config) -> None:
             f"reward.overlong_margin: got {config.reward.overlong_margin}, must be below rollout.max_token, "
             f"which is {r.max_token}: every response would count as over-long"
         )
-    if r.num_response_per_task == 1 and m.value_base_model is None:
+    if config.reward.overlong_penalty_tokens > r.max_token:
+        raise UserError(
+            f"reward.overlong_penalty_tokens: got {config.reward.overlong_penalty_tokens}, must be at most rollout.max_token, "
+            f"which is {r.max_token}: it counts back from there"
+        )
+    has_value = m.value_base_model is not None or m.value_shared
+    if m.value_shared and m.value_base_model is not None:
+        raise UserError(
+            f"model.value_shared: got true beside model.value_base_model={m.value_base_model}: the value head sits on the policy's trunk "
+            "or on a model of its own, give only one of them"
+        )
+    if r.num_response_per_task == 1 and not has_value:
         raise UserError(
             "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
             "advantages compare the responses of a task"
         )
-    if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and m.value_base_model is None:
+    if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and not has_value:
         greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"
         raise UserError(f"{greedy}: all responses of a task would be the same, and nothing be learnt: RL needs sampling")
     if m.value_base_model is not None and m.optimized_name == m.optimized_value_name:
@@ -312,11 +328,12 @@ def _check_sft(config: Config) -> None:
     t = config.training
     if t.validation_share and config.dataset.validation_data is not None:
         raise UserError(
-            f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: give only one"
+            f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "
+            "give only one of them"
         )
     if t.method == "trace":
         for key in ["complementary_mask", "loss_weight_by_ratio"]:
             if getattr(t, key):
-                raise UserError(f"training.{key}: got true, but training.method=trace draws no masks: leave it out, or choose semi-ar")
+                raise UserError(f"training.{key}: got true, but method trace draws no masks: choose semi-ar, or leave it out")
     if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")

@@ -54,6 +54,9 @@ class Model:
     """RL: a finetuning config that is run first where pretrained_model does not exist yet."""
     model_base: str | None = None
     """The family, a name in models/registry.py: sdar, trado, ... (required). Evaluation files may have it at the top level."""
+    block_size: int | None = None
+    """Block models: the block size that the run's checkpoints say, where it is to become another than the one that config.json says
+    now; sampling may be at either. Null: it stays. See docs/methods.md, block-size enlargement."""
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of weights and activations. auto: bfloat16 where training.mixed_precision is bf16, else float32."""
     optimized_name: str = "optimized"
@@ -62,6 +65,10 @@ class Model:
     """Name under ckpt/ of the newest value model."""
     value_base_model: str | None = None
     """Given: use a value model, initialised from this checkpoint with a zero head."""
+    value_shared: bool = False
+    """Use a value head on the policy's own trunk instead of a second model."""
+    value_offload: Literal["auto", "always", "never"] = "auto"
+    """Move the value model and its optimizer off the GPU during the rollout. auto: where under a third of the memory is free."""
     process_reward_model: str | None = None
     """Given: a language model that grades solutions chunk by chunk. See reward.judge, where it may run as a server instead."""
     vq_model_path: str | None = None
@@ -243,6 +250,9 @@ class Reward:
     """A reward of your own, path/to/file.py:name or a registered name; null: the one of dataset.data_type."""
     overlong_margin: int = 5
     """Responses of max_token minus this or more count as wrong."""
+    overlong_penalty_tokens: int = 0
+    """Soft punishment of long responses in RL: over the last so many tokens before max_token the reward falls linearly, by 1 at
+    max_token. 0: none."""
     num_workers: int = 2
     """Processes that check answers."""
     timeout_seconds: float = 5.0
@@ -324,6 +334,8 @@ class Training:
     """Value model: discount per denoising step."""
     lam: float = 1.0
     """Value model: lambda of generalised advantage estimation."""
+    value_loss_weight: float = 0.5
+    """model.value_shared: weight of the value loss beside the policy's."""
     old_logprobs: Literal["auto", "trainer", "engine", "current"] = "auto"
     """Denominator of the ratio. trainer: a forward before the first update; engine: as sampled; current: of the update itself
     (the ratio is 1); auto: trainer where several updates use one batch, else current, which is then the same."""

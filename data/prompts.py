@@ -90,7 +90,7 @@ def render_messages(messages: list[Message], chat_style: str, tokenizer: Any, us
     if isinstance(style, ChatStyle):
         return style.render(messages)
     if [m["role"] for m in messages] != ["user"]:
-        raise UserError(f"chat style {chat_style!r} renders one user's turn only: register a data.prompts.ChatStyle for conversations")
+        raise UserError(f"chat style {chat_style!r} renders one user's turn only: make it a data.prompts.ChatStyle")
     return style(messages[0]["content"])
 
 

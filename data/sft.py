@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Callable, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from common.errors import UserError
 from data.prompts import encode, end_token, render_chat, render_messages
 from data.tasks import DATA_DIR, find_file, read_records
 
+T = TypeVar("T")
 ROLES = ("system", "user", "assistant", "tool")
 
 
@@ -99,20 +100,20 @@ def prompt_key(record: SFTRecord) -> str:
     return json.dumps([record.prompt, record.is_rendered, record.messages, record.prompt_ids])
 
 
-def split(records: list[SFTRecord], share: float, seed: int) -> tuple[list[SFTRecord], list[SFTRecord]]:
+def split(records: list[T], share: float, seed: int, key: Callable[[T], str] = prompt_key) -> tuple[list[T], list[T]]:
     """(what stays, what is held out), both in their order: `share` of the prompts, rounded, at least one, chosen by `seed`, with
     all their records: no prompt is on both sides. Raises UserError where nothing would stay.
     """
     if not share:
         return records, []
-    prompts = list(dict.fromkeys(prompt_key(record) for record in records))
+    prompts = list(dict.fromkeys(key(record) for record in records))
     number = max(1, round(share * len(prompts)))
     if number >= len(prompts):
         raise UserError(f"{len(prompts)} prompts are too few to hold out a share of {share}: take more data, or hold out none")
     held_out = {prompts[i] for i in np.random.default_rng([seed, len(prompts)]).permutation(len(prompts))[:number]}
-    parts: tuple[list[SFTRecord], list[SFTRecord]] = ([], [])
+    parts: tuple[list[T], list[T]] = ([], [])
     for record in records:
-        parts[prompt_key(record) in held_out].append(record)
+        parts[key(record) in held_out].append(record)
     return parts
 
 

@@ -312,9 +312,9 @@ def save_pretrained(
 
     folder = Path(folder)
     if model.adapter is not None:
-        save_adapter(model, state, folder)
+        save_adapter(model, state, folder, extra)
         if model.adapter.save_merged:
-            save_pretrained(replace(model, adapter=None), merged_state(model, state), merged_folder(folder))
+            save_pretrained(replace(model, adapter=None), merged_state(model, state), merged_folder(folder), extra)
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     partial = folder.with_name(f".{folder.name}.partial")

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """In front of every published name in peft's files."""
-OTHER_KINDS = {"use_dora": False, "use_rslora": False, "alpha_pattern": {}, "rank_pattern": {}, "fan_in_fan_out": False, "bias": "none"}
+OTHER_KINDS = {
+    **dict.fromkeys(["use_dora", "use_rslora", "fan_in_fan_out"], False),
+    **{"alpha_pattern": {}, "rank_pattern": {}, "bias": "none"},
+}
 """What makes an adapter of peft's another function than ours, with the values that do not."""
 TOKENIZER_FILES = ("token", "vocab", "merges", "special_tokens", "added_tokens", "chat_template")
 """Beginnings of the names of a tokenizer's files."""
@@ -131,7 +134,7 @@ def lora_layers(decoder: nn.Module) -> dict[str, LoRALinear]:
 
 @torch.no_grad()
 def add_adapter(model: Pretrained, lora: LoRA, seed: int) -> None:
-    """A new adapter: A uniform as in peft (Kaiming, a = sqrt 5), a function of `seed` alone; B zero, so nothing changes at first."""
+    """A new adapter: A uniform as peft's (Kaiming, a = sqrt 5), a function of `seed` alone; B zero: nothing changes at first."""
     attach(model.decoder, model.family, lora)
     generator = torch.Generator().manual_seed(seed)
     for layer in lora_layers(model.decoder).values():
@@ -242,8 +245,8 @@ def load_adapter(model: Pretrained, path: Path, ignore: tuple[str, ...] = ()) ->
     strange = sorted(set(tensors) - set(of_linear))
     if strange:
         raise UserError(
-            f"{file}: {len(strange)} tensors are no LoRA of a {model.family.name} model's linear layers, the first is {strange[0]}: "
-            "merge it into its base with peft"
+            f"{file}: {len(strange)} tensors are no LoRA of a {model.family.name} model's linear layers, "
+            f"the first is {strange[0]}: merge it into its base with peft"
         )
     found = {of_linear[name].rpartition(".")[0].rpartition(".")[2] for name in tensors}
     targets = resolve_targets(model.family, sorted(found), str(file))
@@ -311,8 +314,6 @@ def exported_targets(family: Family, c: DecoderConfig, targets: tuple[str, ...])
 
 def read_extra(lora: LoRA, name: str) -> Tensor | None:
     """A tensor that `save_adapter` was given as extra, or None where the adapter has none of that name."""
-    if lora.path is None:
-        return None
     with safe_open(lora.path / ADAPTER_WEIGHTS, framework="pt") as handle:
         return handle.get_tensor(PREFIX + name) if PREFIX + name in handle.keys() else None
 

@@ -43,7 +43,8 @@ def resolve_targets(family: Family, targets: list[str], key: str = "training.lor
     wanted, choices = known if ALL_LINEAR in targets else targets, ", ".join([*known, ALL_LINEAR])
     for name in targets:
         if name not in known and name != ALL_LINEAR:
-            raise UserError(f"{key}: {name!r} is no linear layer of {family.name}{did_you_mean(name, known)}: choose from {choices}")
+            hint = did_you_mean(name, known)
+            raise UserError(f"{key}: {name!r} is no linear layer of {family.name}{hint}: choose from {choices}")
     if not targets:
         raise UserError(f"{key}: got an empty list: choose from {choices}")
     return tuple(name for name in known if name in wanted)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from models.checkpoint import Pretrained, load_pretrained, read_tensor, save_pretrained
 from models.decoder import Attend, Decoder
+from models.lora import read_extra
 
 VALUE_HEAD = "value_head.weight"
 """Its published name, [1, D]."""
@@ -45,6 +46,8 @@ def load_value_model(
     pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD, "lm_head.weight"))
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
+    if pretrained.adapter is not None:
+        head = read_extra(pretrained.adapter, VALUE_HEAD)
     if head is not None:
         with torch.no_grad():
             model.head.weight.copy_(head)

@@ -69,10 +69,9 @@ def with_prefix(code: str, prefix: str) -> str:
         return code
     program = _parse(code)
     if _defined(head) and (program is None or not _defined(head) & _defined(program)):
-        body = code if code[:1] in (" ", "\t") else textwrap.indent(code, "    ")
-        for whole in (prefix.rstrip() + "\n" + code, prefix.rstrip() + "\n" + body):
-            if (joined := _parse(whole)) is not None and _defined(head) & _defined(joined):
-                return whole
+        whole = prefix.rstrip() + "\n" + (code if code[:1] in (" ", "\t") else textwrap.indent(code, "    "))
+        if (joined := _parse(whole)) is not None and _defined(head) & _defined(joined):
+            return whole
     imports = [n for n in head.body if isinstance(n, (ast.Import, ast.ImportFrom)) and getattr(n, "module", "") != "__future__"]
     if program is None or not imports:
         return code

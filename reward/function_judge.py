@@ -376,7 +376,8 @@ def is_setup(tree: ast.Module | None) -> bool:
 def judge(job: dict) -> None:
     """Run tests `first`, ... of job["tests"] and report each on descriptor 1, a JSON line each. Ends the process.
 
-    Reports: {"loaded": true} or {"failed": why} once, then {"test": n, "passed": bool, "note": str or null}. `prepare`: numbers
+    Reports: {"loaded": true} or {"failed": why} once, then {"test": n, "passed": bool, "note": str or null}, with
+    "ended" where the program has. `prepare`: numbers
     of earlier tests that are run again first, unreported, because they set up what later ones use.
     """
     out = os.dup(1)
@@ -417,7 +418,7 @@ def judge(job: dict) -> None:
             from_program = fresh
             exec(compile(job["tests"][n], f"test {n}", "exec", dont_inherit=True), space)
         except Closed as error:
-            report(test=n, passed=False, note=f"the program ended ({error})"[:300])
+            report(test=n if n >= job["first"] else job["first"], passed=False, note=f"the program ended ({error})"[:300], ended=True)
             os._exit(0)
         except BaseException as error:
             note = f"{type(error).__name__}: {error}"[:300].rstrip(": ")

@@ -52,11 +52,14 @@ class Limits:
     def clock_seconds(self) -> float:
         return max(2 * self.seconds, self.seconds + 1)
 
-    def of_process(self, num_used: int) -> dict[str, int]:
-        """RLIMIT name -> value. Address space is more than memory: threads reserve far more than they touch."""
+    def of_process(self, num_used: int, num_tests: int = 1) -> dict[str, int]:
+        """RLIMIT name -> value, of a process that lives for `num_tests` tests, where the user runs `num_used` others.
+
+        Address space is more than memory: threads reserve far more than they touch.
+        """
         return {
             "AS": 4 * self.memory_bytes,
-            "CPU": int(self.seconds) + 2,  # a second line, for when this process is gone
+            "CPU": int(self.seconds * num_tests) + 2,  # a second line, for when this process is gone
             "FSIZE": self.file_bytes,
             "NPROC": self.num_processes + num_used,
             "NOFILE": 256,
@@ -261,18 +264,26 @@ class Sandbox:
 
     # ---- processes -----------------------------------------------------------------------------------------------------
 
-    def _spawn(self, job: dict, limits: Limits, scratch: str | None, judge=False, stdin=b"", stdout=None, channel=None) -> _Process:
+    def _program_uids(self) -> tuple[int, int] | None:
+        """Without namespaces, where we are root: users that nothing else is, of the program and of its judge."""
+        if self.namespaces or os.geteuid() != 0:
+            return None
+        return 40000 + os.getpid() % 10000, 50000 + os.getpid() % 10000
+
+    def _spawn(
+        self, job: dict, limits: Limits, scratch: str | None, num_tests=1, judge=False, stdin=b"", stdout=None, channel=None
+    ) -> _Process:
         num_used, uid = 0, None
         if self._uid_outside is not None:
             uid = 1000
-        elif os.geteuid() == 0 and not self.namespaces:
-            uid = 40000 + os.getpid() % 10000 + 10000 * judge
+        elif self._program_uids() is not None:
+            uid = self._program_uids()[judge]
             if scratch is not None:
                 os.chown(scratch, uid, uid)
         else:  # the limit counts all that this user runs, in older kernels in namespaces as well
             num_used = _num_threads_of_user()
         settings = {
-            "limits": limits.of_process(num_used),
+            "limits": limits.of_process(num_used, num_tests),
             "scratch_bytes": limits.file_bytes,
             "scratch": scratch,
             "uid": uid,
@@ -289,6 +300,16 @@ class Sandbox:
         finally:
             for fd in own:
                 os.close(fd)
+
+    def _remove(self, scratch: str | None) -> None:
+        """Without namespaces: the files of a program, which nothing else can hold open any more."""
+        if scratch is None:
+            return
+        shutil.rmtree(scratch, ignore_errors=True)
+        if self._program_uids() is not None and os.path.isdir("/dev/shm"):
+            for entry in os.scandir("/dev/shm"):
+                if entry.stat(follow_symlinks=False).st_uid in self._program_uids():
+                    os.unlink(entry.path)
 
     def _end(self, process: _Process) -> None:
         """End everything that the process is and started; returns when it has."""
@@ -323,8 +344,7 @@ class Sandbox:
             for fd in (read, write):
                 if fd is not None:
                     os.close(fd)
-            if scratch is not None:
-                shutil.rmtree(scratch, ignore_errors=True)
+            self._remove(scratch)
 
     def _watch_script(self, process: _Process, read: int, max_output: int) -> Run:
         parts: list[bytes] = []
@@ -372,12 +392,13 @@ class Sandbox:
         ours, theirs = socket.socketpair()
         read, write = os.pipe()
         processes = []
+        program, num_tests = {"kind": "function", "code": code}, len(tests) + 1  # with the start of the program
         try:
-            processes.append(self._spawn({"kind": "function", "code": code}, limits, scratch, channel=theirs.fileno()))
+            processes.append(self._spawn(program, limits, scratch, num_tests, channel=theirs.fileno()))
             job = {"code": code, "tests": tests, "prefix": prefix, "first": first, "prepare": prepare}
             # The judge's own limits only keep a test from hanging: processor time is measured at the program.
             judge_limits = Limits(10 * limits.seconds + 10, limits.memory_bytes, limits.num_processes, limits.file_bytes)
-            processes.append(self._spawn(job, judge_limits, judge_scratch, judge=True, stdout=write, channel=ours.fileno()))
+            processes.append(self._spawn(job, judge_limits, judge_scratch, num_tests, judge=True, stdout=write, channel=ours.fileno()))
             ours.close(), theirs.close(), os.close(write)
             write = None
             self._watch_functions(*processes, read, first, verdicts)
@@ -388,9 +409,8 @@ class Sandbox:
             for fd in (read, write):
                 if fd is not None:
                     os.close(fd)
-            for folder in (scratch, judge_scratch):
-                if folder is not None:
-                    shutil.rmtree(folder, ignore_errors=True)
+            self._remove(scratch)
+            self._remove(judge_scratch)
 
     def _watch_functions(self, program: _Process, judge: _Process, read: int, first: int, verdicts: list) -> None:
         buffer, current, wait = b"", first, 0.02
@@ -398,24 +418,23 @@ class Sandbox:
             ready = select.select([read], [], [], wait)[0]
             if ready:
                 part = os.read(read, 1 << 16)
-                if not part:  # the judge has ended: at a test that ended the program, or in one that ended the judge
-                    verdicts[current] = verdicts[current] or Verdict(False, "the test did not end")
+                if not part:  # a test has ended the judge
+                    verdicts[current] = Verdict(False, "the test ended its judge")
                     return
                 buffer += part
                 *lines, buffer = buffer.split(b"\n")
-                for line in lines:
-                    message = json.loads(line)
+                for message in map(json.loads, lines):
                     if "failed" in message:
                         verdicts[first:] = [Verdict(False, message["failed"])] * (len(verdicts) - first)
                         return
                     if "test" in message:
-                        current = message["test"]
-                        verdicts[current] = Verdict(message["passed"], message["note"])
-                        current += 1
+                        verdicts[message["test"]] = Verdict(message["passed"], message["note"])
+                        current = message["test"] + 1
+                    if "ended" in message:
+                        return
                 program.restart_clock()
+                judge.restart_clock()
                 wait = 0.02
-                if current < len(verdicts) and lines and "ended" in json.loads(lines[-1]):
-                    return
             elif over := program.over() or judge.over():
                 verdicts[current] = Verdict(False, f"{over} limit")
                 return

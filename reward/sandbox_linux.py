@@ -32,6 +32,7 @@ PROGRAM_UID = 1000
 
 # Two tables: (x86_64, aarch64). Numbers from 424 on are the same on all machines.
 SYSCALLS = {
+    "shmget": (29, 194), "semget": (64, 190), "msgget": (68, 186), "mq_open": (240, 180),
     "socket": (41, 198), "connect": (42, 203), "sendto": (44, 206), "bind": (49, 200), "listen": (50, 201), "clone": (56, 220),
     "kill": (62, 129), "ptrace": (101, 117), "syslog": (103, 116), "capset": (126, 91), "rt_sigqueueinfo": (129, 138),
     "personality": (135, 92), "pivot_root": (155, 41), "mount": (165, 40), "umount2": (166, 39), "tkill": (200, 130),
@@ -215,8 +216,11 @@ def landlock_version() -> int:
         return 0
 
 
-def restrict_files(scratch: str) -> None:
-    """From here on: read system folders and Python, write in `scratch`, nothing else. Needs no privilege."""
+def restrict_files(scratch: str, shared_memory: bool) -> None:
+    """From here on: read system folders and Python, write in `scratch`, nothing else. Needs no privilege.
+
+    `shared_memory`: /dev/shm too, which semaphores of multiprocessing need; what is left there is removed by its owner.
+    """
     version = landlock_version()
     assert version > 0
     everything = (1 << (13 + (version >= 2) + (version >= 3))) - 1  # files, folders, then renaming, then truncation
@@ -225,7 +229,7 @@ def restrict_files(scratch: str) -> None:
     ruleset = syscall("landlock_create_ruleset", attributes, ctypes.c_size_t(len(attributes)), 0)
     folders = _top_folders([f"/{name}" for name in SYSTEM_FOLDERS] + python_folders())
     rules = [(folder, read) for folder in folders] + [(file, read & on_file) for file in SYSTEM_FILES]
-    rules += [(f"/dev/{name}", on_file) for name in DEVICES] + [(scratch, everything), ("/dev/shm", everything)]
+    rules += [(f"/dev/{name}", on_file) for name in DEVICES] + [(scratch, everything)] + [("/dev/shm", everything)] * shared_memory
     for path, rights in rules:
         if not os.path.exists(path):
             continue
@@ -255,7 +259,7 @@ NEVER = (
     "open_by_handle_at process_vm_readv process_vm_writev kcmp memfd_create memfd_secret bpf userfaultfd io_uring_setup "
     "open_tree move_mount fsopen fsconfig fsmount pidfd_getfd mount_setattr"
 ).split()
-WITHOUT_NAMESPACES = "socket connect bind listen pidfd_open pidfd_send_signal".split()
+WITHOUT_NAMESPACES = "socket connect bind listen pidfd_open pidfd_send_signal shmget semget msgget mq_open".split()
 OTHERS = "kill tkill tgkill rt_sigqueueinfo rt_tgsigqueueinfo".split()
 
 

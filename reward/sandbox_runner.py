@@ -241,7 +241,7 @@ def shut_in(settings: dict, plain: bool) -> None:
     os.umask(0o022)
     uid = settings["uid"]
     if plain and linux.landlock_version():
-        linux.restrict_files(settings["scratch"])
+        linux.restrict_files(settings["scratch"], shared_memory=settings["uid"] is not None)
     kept = 0
     if uid is not None:  # a user other than the one that the parent is
         if plain and not linux.all_may_enter(linux.python_folders()):

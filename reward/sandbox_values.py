@@ -191,7 +191,7 @@ def _encoder_of_kin(value: Any) -> Callable[[Codec, Any, int], Any] | None:
     if isinstance(value, type):
         return None
     for base in BASES:
-        if isinstance(value, base):
+        if issubclass(kind, base):
             return lambda c, v, d: c.encode(_as_base(base, v), d)
     return None
 

@@ -31,6 +31,22 @@ def apply_length_rule(score: Score) -> Score:
     return dataclasses.replace(score, reward=reward, correct=correct, token_rewards=None, outcome=0.0, note="over-long")
 
 
+def overlong_penalty(num_response: int, max_response: int, penalty_tokens: int) -> float:
+    """What is taken from the reward of a long response (DAPO's soft overlong punishment, arXiv 2503.14476, equation 13), from 0 to 1.
+
+    0 up to max_response - penalty_tokens tokens, from there linear, 1 from max_response on (a last block may reach beyond it).
+    """
+    if penalty_tokens == 0:
+        return 0.0
+    return min(1.0, max(0.0, (num_response - (max_response - penalty_tokens)) / penalty_tokens))
+
+
+def apply_penalty(score: Score, penalty: float) -> Score:
+    """`penalty` off the reward; where tokens have rewards of their own, off what falls on the last step. Right stays right."""
+    outcome = score.outcome if score.token_rewards is None else score.outcome - penalty
+    return dataclasses.replace(score, reward=score.reward - penalty, outcome=outcome)
+
+
 class Scorer:
     """Scores rollouts as the config says. Holds the reward, whose worker processes live until `close`."""
 
@@ -46,6 +62,8 @@ class Scorer:
         self.tokenizer = tokenizer
         self.max_response = (decoding or config.rollout).max_response_length
         self.overlong_margin = config.reward.overlong_margin
+        # It shapes what is learnt; evaluations report the reward as it is.
+        self.penalty_tokens = config.reward.overlong_penalty_tokens if decoding is None else 0
         self.advantage = config.training.advantage
         self.reward = make_reward(config.dataset.data_type, config.reward, config)
         # An evaluation counts right answers: there the judge is asked only where nothing else scores.
@@ -77,10 +95,10 @@ class Scorer:
         responses = [ResponseToScore(self.tasks_by_id[r.task_id], response_text(r, self.tokenizer), r) for r in rollouts]
         scores = self.reward.score(responses, progress) if responses else []
         assert len(scores) == len(rollouts), f"{type(self.reward).__name__} gave {len(scores)} scores for {len(rollouts)} responses"
-        scores = [
-            apply_length_rule(score) if self.is_overlong(rollout) else score
-            for rollout, score in zip(rollouts, scores)
-        ]
+        scores = [apply_length_rule(score) if self.is_overlong(rollout) else score for rollout, score in zip(rollouts, scores)]
+        if self.penalty_tokens:
+            penalties = [overlong_penalty(r.num_response, self.max_response, self.penalty_tokens) for r in rollouts]
+            scores = [apply_penalty(score, penalty) for score, penalty in zip(scores, penalties)]
 
         rewards, correct = [s.reward for s in scores], [s.correct for s in scores]
         task_ids = [rollout.task_id for rollout in rollouts]

@@ -24,15 +24,18 @@ def stop_ids(model: Pretrained, stop_tokens: list[str]) -> list[int]:
     return sorted(ids - {model.mask_id})
 
 
-def check_decoding(model: Pretrained, decoding: Any, section: str) -> None:
+def check_decoding(model: Pretrained, decoding: Any, section: str, becomes: int | None = None) -> None:
     """Whether the checkpoint can be sampled from as `section` of the config says: known before its weights are read.
 
-    A block model whose config.json says its block size must be run at it. Raises UserError.
+    A block model whose config.json says its block size must be run at it, or at the one that it `becomes` (`model.block_size`).
+    Raises UserError.
     """
     trained = model.family.config_block_size(model.config)
-    if model.family.attention == "block" and trained is not None and trained != decoding.block_size:
+    if model.family.attention == "block" and trained is not None and decoding.block_size not in (trained, becomes):
+        to_other = f"model.block_size to {decoding.block_size}" if becomes is None else f"it to {becomes}, as model.block_size"
         raise UserError(
-            f"{section}.block_size: got {decoding.block_size}, but the checkpoint's config.json says block_size {trained}: set it to {trained}"
+            f"{section}.block_size: got {decoding.block_size}, but the checkpoint's config.json says block_size {trained}: "
+            f"set it to {trained}, or, where the model is to become another's, set {to_other}"
         )
     check_tokenizer(model)
     if not stop_ids(model, decoding.stop_token_list):

@@ -96,15 +96,17 @@ class Trainer:
         return [build_pack(d, self.mask_id, round_to, self.logit_shift) for d in own]
 
     @torch.no_grad()
-    def outputs(self, documents: list[Document], num_predictions: int, module: nn.Module | None = None) -> np.ndarray:
-        """The module's first output (log-probs, values) for every prediction [num_predictions], known to every rank.
+    def outputs(
+        self, documents: list[Document], num_predictions: int, module: nn.Module | None = None, output: int = 0
+    ) -> np.ndarray:
+        """One output of the module (log-probs, values) for every prediction [num_predictions], known to every rank.
 
-        module: another one (a frozen reference) instead of the trained one.
+        module: another one (a frozen reference) instead of the trained one; output: its place among the outputs.
         """
         table = torch.zeros(num_predictions, dtype=torch.float32, device=self.accelerator.device)
         for pack in self.micro_batches(documents):
             pack = pack.to(self.accelerator.device)
-            values = (module or self.module)(pack)[0]
+            values = (module or self.module)(pack)[output]
             real = pack.prediction >= 0
             table[pack.prediction[real]] = values[real]
         # Every prediction is on exactly one rank: the sum over ranks is the table.
@@ -134,6 +136,18 @@ class Trainer:
         norm = dist.optimizer_step(self.accelerator, self.module, self.wrapped_optimizer, self.config.training.max_grad_norm)
         self.num_steps += 1
         return totals.reduce(self.accelerator, norm, rate)
+
+    def move(self, to_host: bool) -> None:
+        """Take weights and optimizer states off the GPU, or back to it."""
+        if dist.uses_deepspeed(self.accelerator):
+            self.module.offload_states(pin_memory=False) if to_host else self.module.reload_states()
+            return
+        device = torch.device("cpu") if to_host else self.accelerator.device
+        self.module.to(device)
+        for state in self.optimizer.state.values():
+            for name, value in state.items():
+                if isinstance(value, Tensor) and value.ndim:  # step counts stay where they are
+                    state[name] = value.to(device)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the main process; all ranks together."""

@@ -26,8 +26,12 @@ class Policy(nn.Module):
         temperature: float = 1.0,
         backend: str = "auto",
         head_chunk: int = 2048,
+        has_value_head: bool = False,
     ) -> None:
-        """temperature: the one that the rollouts were sampled under, so that both log-probs are of one distribution."""
+        """temperature: the one that the rollouts were sampled under, so that both log-probs are of one distribution.
+
+        has_value_head: a scalar head of zeros beside the vocabulary's (train/shared_value.py).
+        """
         super().__init__()
         self.decoder = decoder
         self.temperature = temperature
@@ -36,8 +40,13 @@ class Policy(nn.Module):
         forbidden = torch.tensor(forbidden_ids, dtype=torch.int64)
         self.register_buffer("forbidden", forbidden if len(forbidden) else None, persistent=False)
 
-    def forward(self, pack: Pack) -> tuple[Tensor, Tensor]:
-        """Log-probability [M] and entropy [M] of every prediction of the pack, float32."""
+        self.value_head: nn.Linear | None = None
+        if has_value_head:
+            self.value_head = nn.Linear(decoder.config.hidden_size, 1, bias=False, device=decoder.device, dtype=decoder.dtype)
+            nn.init.zeros_(self.value_head.weight)
+
+    def forward(self, pack: Pack) -> tuple[Tensor, ...]:
+        """Log-probability [M] and entropy [M] of every prediction of the pack, and its value [M] with a value head; float32."""
         attend = attention_backend(self.backend, pack.token_ids)
         hidden = self.decoder(pack.input_ids, pack.positions, attend)
         project = partial(
@@ -47,13 +56,17 @@ class Policy(nn.Module):
             forbidden=self.forbidden,
             chunk=self.head_chunk,
         )
-        return self.decoder.lm_head(hidden.index_select(0, pack.rows), project)
+        rows = hidden.index_select(0, pack.rows)
+        logprobs, entropy = self.decoder.lm_head(rows, project)
+        if self.value_head is None:
+            return logprobs, entropy
+        return logprobs, entropy, self.value_head(rows)[:, 0].float()
 
 
 def build_policy(model: Pretrained, config: Any, temperature: float) -> Policy:
     """A policy as the config says. temperature: of the rollouts; 1 for supervised finetuning."""
     t = config.training
-    return Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk)
+    return Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk, config.model.value_shared)
 
 
 def policy_trainer(model: Pretrained, config: Any, accelerator: Any, temperature: float = 1.0) -> Trainer:

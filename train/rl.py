@@ -16,6 +16,7 @@ from train.methods import METHODS
 from train.objectives import OBJECTIVES, token_weights
 from train.packing import Document, Predictions, build_document, number, split_rows
 from train.policy import Policy, build_policy
+from train.shared_value import SharedValueUpdate
 from train.traces import TRACES, Response
 from train.value import ValueUpdate
 
@@ -55,7 +56,7 @@ class PolicyUpdate:
     """Updates the policy from scored rollouts. Holds the trainer, and the frozen reference model where KL is held to one."""
 
     def __init__(
-        self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None, value: ValueUpdate | None = None
+        self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None, value: ValueUpdate | SharedValueUpdate | None = None
     ) -> None:
         """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one; value: the critic, if any."""
         self.trainer, self.config, self.fill_id, self.value = trainer, config, fill_id, value
@@ -99,9 +100,10 @@ class PolicyUpdate:
         parts = [part for _ in range(epochs) for part in split_rows(documents, updates, generator)]
         # Whatever must be known before the first update changes the weights.
         tables = self.before_update(documents, predictions, rollouts, several=len(parts) > 1)
-        critic, metrics = None, {}
+        objective, critic, metrics = self.objective, None, {}
         if self.value is not None:
             tables.advantages, critic, metrics = self.value.advantages(rollouts, self.responses(rollouts), documents, predictions)
+            tables, objective = self.value.join(tables, critic, objective)
         longest = min(training.max_gen_length, max(r.num_response for r in rollouts))
         results, value_results = [], []
         for index, part in enumerate(parts):
@@ -112,7 +114,7 @@ class PolicyUpdate:
             progress = (step - 1 + index / len(parts)) / self.config.experiment.total_step
             if self.value is not None and self.value.is_due(step):
                 value_results += self.value.step(part, critic, tables.weights, progress)
-            results.append(self.trainer.step(part, tables, self.objective, progress))
+            results.append(self.trainer.step(part, tables, objective, progress))
         return {**merge_results(results), **merge_results(value_results, "value"), **metrics}
 
     def before_update(self, documents: list[Document], p: Predictions, rollouts: list[ScoredRollout], several: bool) -> Tables:

@@ -19,6 +19,7 @@ from common.run_dir import STATE_FILE, RunDir
 from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
 from models.lora import prepare_for_training
 from train.policy import policy_trainer
+from train.shared_value import SharedValueUpdate
 from train.value import ValueUpdate
 
 REPORT_EVERY_SECONDS = 20.0
@@ -46,9 +47,14 @@ class Run:
         self.model = self.load_model(check)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
-        self.value: ValueUpdate | None = None
-        if config.model.value_base_model is not None:
+        self.value: ValueUpdate | SharedValueUpdate | None = None
+        if config.model.value_shared:
+            self.value = SharedValueUpdate(self.trainer, config)
+        elif config.model.value_base_model is not None:
             self.value = ValueUpdate(config, dist.value_accelerator(self.accelerator))
+        if config.model.block_size is not None:  # what the checkpoints will say
+            for model in [self.model, *([self.value.model] if isinstance(self.value, ValueUpdate) else [])]:
+                model.config = {**model.config, "block_size": config.model.block_size}
         self.metrics: MetricsLog | None = None
         self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0

@@ -107,8 +107,8 @@ class SFTRun:
     def restore(self, extra: dict[str, Any]) -> None:
         if extra["data"] != self.fingerprint:
             raise UserError(
-                f"dataset.optimization_data: {self.config.dataset.optimization_data} has changed since this run was saved: put the old "
-                "file back, or start another run directory (experiment.project)"
+                f"dataset.optimization_data: {self.config.dataset.optimization_data} has changed since this run was saved: put the "
+                "old file back, or start another run directory (experiment.project)"
             )
         self.is_solved = extra["is_solved"]
 

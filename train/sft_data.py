@@ -75,6 +75,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     """The responses that are trained on. Longer prompts than training.max_prompt_len are dropped, longer responses than
     training.max_gen_length cut; `tell`: print how many. Raises UserError where nothing is left, naming the data `source`."""
     training, is_chat = config.training, REWARDS.get(config.dataset.data_type).chat
+    limits = f"training.max_prompt_len={training.max_prompt_len}", f"training.max_gen_length={training.max_gen_length}"
     responses, num_dropped, num_cut = [], 0, 0
     for record in records:
         prompt_ids, response_ids = encode_sft(record, model.tokenizer, model.family.chat_style, is_chat)
@@ -87,11 +88,11 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
         num_cut += len(response_ids) > training.max_gen_length
         responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, training))
     if tell and num_dropped:
-        print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than training.max_prompt_len={training.max_prompt_len}")
+        print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than {limits[0]}")
     if tell and num_cut:
-        print(f"{source}: {num_cut} of {len(records)} responses cut to training.max_gen_length={training.max_gen_length}")
+        print(f"{source}: {num_cut} of {len(records)} responses cut to {limits[1]}")
     if not responses:
-        raise UserError(f"{source}: every prompt is longer than training.max_prompt_len={training.max_prompt_len}: raise it")
+        raise UserError(f"{source}: every prompt is longer than {limits[0]}: raise it")
     return responses
 
 
@@ -106,9 +107,9 @@ def warn_of_cuts(responses: list[Response], trace: TraceMethod, training: Any) -
     repeated = sum(part.num_tokens for part in parts) / document.num_tokens
     if repeated > MUCH_REPEATED:
         warn(
-            f"training.max_tokens_per_microbatch={training.max_tokens_per_microbatch}: the longest document has {document.num_tokens} "
-            f"tokens and is cut into {len(parts)} parts that repeat its text, {repeated:.1f} times its cost: raise it as far as the "
-            "memory allows"
+            f"training.max_tokens_per_microbatch={training.max_tokens_per_microbatch}: the longest document has "
+            f"{document.num_tokens} tokens and is cut into {len(parts)} parts that repeat its text, {repeated:.1f} times its cost: "
+            "raise it as far as the memory allows"
         )
 
 

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from common import dist
 from common.records import ScoredRollout
 from models.attention import attention_backend
+from models.lora import prepare_for_training
 from models.value import ValueModel, load_value_model, save_value_model
-from train.loop import Columns, StepResult, Trainer
-from train.objectives import Measures, ObjectiveOutput
+from train.loop import Columns, StepResult, Tables, Trainer
+from train.objectives import Measures, Objective, ObjectiveOutput
 from train.packing import Document, Pack, Predictions
 from train.returns import outcome_rewards, response_times, step_returns
 from train.traces import Response, lay_out
@@ -115,6 +116,23 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
     return 1 - float((returns - values).var()) / variance if variance > 0 else 0.0
 
 
+def returns_and_advantages(
+    old: np.ndarray, rollouts: list[ScoredRollout], responses: list[Response], p: Predictions, training: Any
+) -> tuple[np.ndarray, ValueTables, dict[str, float]]:
+    """For every prediction [M], from its old value [M]: the policy's advantage, what the value update needs, and metrics."""
+    starts = np.cumsum([0] + [len(r.response_ids) for r in responses])
+    values = token_values(old, p, starts)
+    returns, advantages = token_returns(rollouts, responses, values, p, starts, training)
+    place = starts[p.response] + p.offset
+    metrics = {
+        "value/explained_variance": explained_variance(old, returns[place]),
+        "value/mean": float(old.mean()),
+        "value/return": float(returns[place].mean()),
+    }
+    # The weights of their losses come part by part.
+    return advantages[place], ValueTables(old, returns[place], np.zeros(0)), metrics
+
+
 class ValueUpdate:
     """The critic beside the policy: old values and advantages before the policy's update, its own update with it."""
 
@@ -123,35 +141,52 @@ class ValueUpdate:
         self.config = config
         name, family, dtype = config.model.value_base_model, config.model.model_base, dist.weights_dtype(config)
         self.model, module = load_value_model(name, family, dtype, accelerator.device, config.training.seed)
+        prepare_for_training(self.model, config.training.lora, name, config.training.seed)
         packed = PackedValues(module, config.training.attention_backend)
         self.trainer = Trainer(packed, self.model, config, accelerator, config.optimizer.params.value_learning_rate)
+        self.is_resting = False
 
     def advantages(
         self, rollouts: list[ScoredRollout], responses: list[Response], documents: list[Document], p: Predictions
     ) -> tuple[np.ndarray, ValueTables, dict[str, float]]:
-        """For every prediction [M] of the batch: the policy's advantage, and what the value update needs (weights still to come)."""
+        """For every prediction [M] of the batch: the policy's advantage, and what the value update needs."""
         old = self.trainer.outputs(documents, len(p))
-        starts = np.cumsum([0] + [len(r.response_ids) for r in responses])
-        values = token_values(old, p, starts)
-        returns, advantages = token_returns(rollouts, responses, values, p, starts, self.config.training)
-        place = starts[p.response] + p.offset
-        metrics = {
-            "value/explained_variance": explained_variance(old, returns[place]),
-            "value/mean": float(old.mean()),
-            "value/return": float(returns[place].mean()),
-        }
-        return advantages[place], ValueTables(old, returns[place], np.zeros(0)), metrics
+        return returns_and_advantages(old, rollouts, responses, p, self.config.training)
+
+    def join(self, tables: Tables, critic: ValueTables, objective: Objective) -> tuple[Tables, Objective]:
+        """The policy's update is its own."""
+        return tables, objective
+
+    # -- out of the way of the rollout
+
+    def rest(self) -> None:
+        """Before the rollout: leave the GPU if `model.value_offload` says so."""
+        choice, device = self.config.model.value_offload, self.trainer.accelerator.device
+        if device.type != "cuda" or choice == "never":
+            return
+        free, total = torch.cuda.mem_get_info(device)
+        # Every rank decides for itself: nothing here is collective.
+        if choice == "always" or free < total / 3:
+            self.trainer.move(to_host=True)
+            torch.cuda.empty_cache()
+            self.is_resting = True
+
+    def wake(self) -> None:
+        """Behind the rollout."""
+        if self.is_resting:
+            self.trainer.move(to_host=False)
+            self.is_resting = False
 
     # -- kept with the policy's state and checkpoints
 
     def save_state(self, folder: Path) -> None:
         """Into FOLDER/value; all ranks together."""
-        self.trainer.accelerator.save_state(str(folder / dist.VALUE), safe_serialization=False)
+        dist.save_state(self.trainer.accelerator, folder / dist.VALUE)
         if self.trainer.accelerator.is_main_process:
             (folder / dist.VALUE / "num_steps").write_text(str(self.trainer.num_steps))
 
     def load_state(self, folder: Path) -> None:
-        self.trainer.accelerator.load_state(str(folder / dist.VALUE))
+        dist.load_state(self.trainer.accelerator, folder / dist.VALUE)
         self.trainer.num_steps = int((folder / dist.VALUE / "num_steps").read_text())
 
     def save_checkpoint(self, folder: Path) -> None:

@@ -49,7 +49,8 @@ class Case:
     @property
     def training(self) -> SimpleNamespace:
         """The case's settings under the names of the config's `training` section."""
-        return SimpleNamespace(**{"eps_high": None, "importance_cap": None, "mask_times_per_sample": 1, "mask_ratio": "per_block", **self.settings})
+        masks = {"mask_times_per_sample": 1, "mask_ratio": "per_block"}
+        return SimpleNamespace(**{"eps_high": None, "importance_cap": None, **masks, **self.settings})
 
     def responses(self) -> list[Response]:
         """Padded to the longest response with pads; a shorter step map is extended by its maximum + 1."""

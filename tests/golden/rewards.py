@@ -1,4 +1,4 @@
-"""Golden sets of rewards: boxed answers, equality of answers, group-normalised rewards.
+"""Golden sets of rewards: boxed answers, equality of answers, programs against tests, group-normalised rewards.
 
 A set is a JSON file; its name says its kind. Sizes, seeds and further files are not known here.
 """
@@ -12,6 +12,7 @@ from typing import Any, Callable
 import numpy as np
 
 from reward.advantages import drop_reason, is_overlong, zscore
+from reward.code_reward import CodeChecker
 from reward.math_reward import MathChecker
 from reward.math_text import for_parser, last_boxed, normalise, quick_verdict
 from tests.golden.result import SetResult
@@ -31,14 +32,10 @@ def check(folder: Path, root: Path | None = None) -> list[SetResult]:
         path = file.with_suffix("").relative_to(root or folder.parent).as_posix()
         kind = next((kind for kind in CHECKS if file.stem.startswith(kind)), None)
         if kind is None:
-            results.append(SetResult(path, "UNSUPPORTED", notes=[_unsupported(file.stem)]))
+            results.append(SetResult(path, "UNSUPPORTED", notes=[f"no check for a set called {file.stem}"]))
         else:
             results.append(CHECKS[kind](path, json.loads(file.read_text(encoding="utf-8"))))
     return results
-
-
-def _unsupported(stem: str) -> str:
-    return "there is no reward for code yet" if stem.startswith("code") else f"no check for a set called {stem}"
 
 
 def check_boxed(path: str, cases: list[dict[str, Any]]) -> SetResult:
@@ -76,6 +73,46 @@ def _how(prediction: str, answer: str) -> str:
     if quick_verdict(prediction, answer) is not None:
         return f"decided by text, {normalise(prediction)!r} and {normalise(answer)!r}"
     return f"decided by math-verify, from {for_parser(prediction)!r} and {for_parser(answer)!r}"
+
+
+FUNCTION_SECONDS, SCRIPT_SECONDS = 3.0, 4.0
+
+
+def check_code_function(path: str, cases: list[dict[str, Any]]) -> SetResult:
+    """The verdict on every test of every program is the reader's. max_error: how many are not."""
+    programs = [
+        (case["code"], {"test_method": "function", "test_list": case["tests"], "test_time_limit": FUNCTION_SECONDS})
+        for case in cases
+    ]
+    return _compare_verdicts(path, cases, programs, [case["human_pass"] for case in cases])
+
+
+def check_code_stdio(path: str, cases: list[dict[str, Any]]) -> SetResult:
+    """As for functions; an expected output may be given as [text, times]."""
+    programs = []
+    for case in cases:
+        expected = case["expected_output"]
+        if expected is None:
+            text, times = case["expected_output_repeat"]
+            expected = text * times
+        fields = {"test_method": "stdio", "test_input": [case["input"]], "test_output": [expected], "test_time_limit": SCRIPT_SECONDS}
+        programs.append((case["code"], fields))
+    return _compare_verdicts(path, cases, programs, [[case["human_pass"]] for case in cases])
+
+
+def _compare_verdicts(path: str, cases: list[dict], programs: list[tuple[str, dict]], wanted: list[list[bool]]) -> SetResult:
+    checker = CodeChecker()
+    try:
+        results = checker.check(programs)
+    finally:
+        checker.close()
+    num_wrong, notes = 0, []
+    for case, verdicts, human in zip(cases, results, wanted):
+        got = [passed for passed, _ in verdicts]
+        if got != human:
+            num_wrong += sum(a != b for a, b in zip(got, human))
+            notes.append(f"{case['id']}: got {got}, reader {human}: {'; '.join(why or 'passed' for _, why in verdicts)}")
+    return SetResult(path, "FAIL" if num_wrong else "PASS", len(cases), num_wrong, 0, notes)
 
 
 def check_group_rewards(path: str, sets: list[dict[str, Any]]) -> SetResult:
@@ -121,5 +158,7 @@ def _code_scores(task: dict[str, Any]) -> tuple[list[float], list[bool]]:
 CHECKS: dict[str, Callable[[str, Any], SetResult]] = {
     "boxed": check_boxed,
     "math_equal": check_math_equal,
+    "code_function": check_code_function,
+    "code_stdio": check_code_stdio,
     "group_rewards": check_group_rewards,
 }

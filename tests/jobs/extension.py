@@ -1,5 +1,7 @@
-"""What a user adds to Unmask, in one file named by `experiment.plugins`: a family, a reward, a trace method with an objective of its
-own, and an unmasking strategy. test_extension.py runs them."""
+"""What a user adds to Unmask, in one file named by `experiment.plugins`; test_extension.py runs it.
+
+A family, a reward, a trace method with an objective of its own, and an unmasking strategy.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from reward.registry import REWARDS, TEXT, Reward, Score
 from sample.registry import UNMASKING
 from sample.unmask import rank
 from train.methods import METHODS, Method
-from train.objectives import OBJECTIVES, ObjectiveOutput
+from train.objectives import OBJECTIVES, Measures, ObjectiveOutput
 from train.traces import TRACES, Response, Trace
 
 # ---- a family: SDAR under other tensor names
@@ -53,9 +55,9 @@ class AscendingReward(Reward):
         return sum(a <= b for a, b in pairs) / len(pairs) if pairs else 0.0
 
 
-def short(task, text, rollout) -> float:
-    """As reward.function: path/to/extension.py:short"""
-    return 1.0 / (1 + len(text))
+def variety(task, text, rollout) -> float:
+    """As reward.function: path/to/extension.py:variety. How many different characters there are."""
+    return len(set(text))
 
 
 # ---- a trace method: every block once, whole, as one slice; and an objective for it
@@ -75,7 +77,7 @@ def whole_blocks(response: Response, block_size: int, training, generator: np.ra
 def reinforce(x, training) -> ObjectiveOutput:
     """Without ratio and clip: minimise -sum w A logp."""
     loss = -(x.weights * x.advantages * x.logprobs).sum()
-    return ObjectiveOutput(loss, sums={"surprise": -x.logprobs.detach().sum()})
+    return ObjectiveOutput(loss, Measures(sums={"surprise": -x.logprobs.detach().sum()}))
 
 
 METHODS.register("WholeBlocks", Method(trace="whole_blocks", objective="reinforce", stage="rl"))

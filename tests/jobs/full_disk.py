@@ -1,5 +1,7 @@
-"""A plugin of test_bad_input.py: below the folder FULL_DISK of the run directory (or in its metrics.jsonl) every write fails with ENOSPC,
-as the libraries that write there report it."""
+"""A plugin of test_bad_input.py: every write below the folder FULL_DISK of the run directory (or to its metrics.jsonl) fails.
+
+It fails as it does on a full disk, in the words of the libraries that write there.
+"""
 
 from __future__ import annotations
 

@@ -42,6 +42,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "reward.keep_solve_rate": "[0.2,0.8]",
         },
     ),
+    # A critic with an optimizer and checkpoints of its own.
+    "value": ("rl", {**COMMON, "model.value_base_model": "tiny-random", "optimizer.params.value_learning_rate": 1e-3}),
     "sft": (
         "sft",
         {
@@ -85,43 +87,41 @@ def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable
     return run
 
 
+QUICK = {
+    "every": ["update:3", "written_rounds_left:3", "checkpoint_between_renames:6", "state_begun:4"],
+    "third": ["second_reward:5", "updated:6"],
+    "sft": ["updated:5"],
+}
+"""Kills (the places are in killer.py) that every test run tries."""
+SLOW = {
+    "every": [
+        "rollout:1",  # before anything was saved
+        "rollout:4",
+        "round_writing:3",
+        "reward:3",
+        "scored_not_written:3",
+        "updated:3",
+        "evaluation:4",
+        "metrics_half_written:3",
+        "metrics_not_state:3",
+        "checkpoint_half_written:3",
+        "checkpoint_half_written:6",
+        "checkpoint_before_exchange:6",
+        "checkpoint_after_exchange:6",
+        "checkpoint_renamed:6",
+        "state_begun:1",
+        "state_without_counters:4",
+        "state_not_renamed:4",
+        "state_older_left:4",
+        "report:6",
+    ],
+    "third": ["rollout:2", "rollout:5", "scored_not_written:5", "evaluation:4", "checkpoint_half_written:4", "state_begun:6"],
+    "sft": ["update:4", "evaluation:4", "checkpoint_half_written:3", "state_begun:4"],
+    "value": ["rollout:4", "update:3", "updated:4", "checkpoint_half_written:6", "state_without_counters:4"],
+}
 CASES = [
-    ("every", "rollout:1"),  # before anything was saved
-    ("every", "rollout:4"),
-    ("every", "round_writing:3"),
-    ("every", "reward:3"),
-    ("every", "scored_not_written:3"),
-    ("every", "written_rounds_left:3"),
-    ("every", "update:3"),
-    ("every", "updated:3"),
-    ("every", "evaluation:4"),
-    ("every", "metrics_half_written:3"),
-    ("every", "metrics_not_state:3"),
-    ("every", "checkpoint_half_written:3"),
-    ("every", "checkpoint_half_written:6"),
-    ("every", "checkpoint_before_exchange:6"),
-    ("every", "checkpoint_after_exchange:6"),
-    ("every", "checkpoint_between_renames:6"),
-    ("every", "checkpoint_renamed:6"),
-    ("every", "state_begun:1"),
-    ("every", "state_begun:4"),
-    ("every", "state_without_counters:4"),
-    ("every", "state_not_renamed:4"),
-    ("every", "state_older_left:4"),
-    ("every", "report:6"),
-    ("third", "rollout:2"),
-    ("third", "rollout:5"),
-    ("third", "second_reward:5"),
-    ("third", "scored_not_written:5"),
-    ("third", "updated:6"),
-    ("third", "evaluation:4"),
-    ("third", "checkpoint_half_written:4"),
-    ("third", "state_begun:6"),
-    ("sft", "update:4"),
-    ("sft", "updated:5"),
-    ("sft", "evaluation:4"),
-    ("sft", "checkpoint_half_written:3"),
-    ("sft", "state_begun:4"),
+    *[(variant, place) for variant, places in QUICK.items() for place in places],
+    *[pytest.param(variant, place, marks=pytest.mark.slow) for variant, places in SLOW.items() for place in places],
 ]
 
 
@@ -151,6 +151,7 @@ def test_the_runs_learn_something(unbroken: Any):
     assert max(row["rollout/num_groups"] for row in third) > 4
 
 
+@pytest.mark.slow
 def test_killed_twice_in_one_step(start: Start, unbroken: Any, tmp_path: Path):
     project = tmp_path / "run"
     for kill_at in ("second_reward:5", "updated:5"):
@@ -160,19 +161,22 @@ def test_killed_twice_in_one_step(start: Start, unbroken: Any, tmp_path: Path):
     assert content(project) == unbroken("third")
 
 
-@pytest.mark.parametrize("variant", ["every", "sft"])
+@pytest.mark.parametrize("variant", ["every", pytest.param("sft", marks=pytest.mark.slow)])
 def test_a_finished_run_says_so(variant: str, start: Start, tmp_path: Path):
     project = tmp_path / "run"
     first = start(variant, project)
     before = listing(project)
     again = start(variant, project)
     assert again.code == 0 and again.err == ""
-    assert again.out.splitlines() == [
-        f"finished: weights in {project}/ckpt/optimized, curves in {project}/report.html"
-    ] == first.out.splitlines()[-1:]
+    assert (
+        again.out.splitlines()
+        == [f"finished: weights in {project}/ckpt/optimized, curves in {project}/report.html"]
+        == first.out.splitlines()[-1:]
+    )
     assert listing(project) == before
 
 
+@pytest.mark.slow
 def test_a_finished_run_goes_on_to_more_steps(start: Start, tmp_path: Path):
     project = tmp_path / "run"
     assert start("every", project, **{"experiment.total_step": 2}).code == 0
@@ -196,6 +200,7 @@ def test_other_settings_do_not_train_on_old_rollouts(start: Start, tmp_path: Pat
 
 def interrupt_in_step(step: int) -> Callable[[int, Path], None]:
     """Send Ctrl-C once the line of `step` has been printed."""
+
     def watch(pid: int, out: Path) -> None:
         deadline = time.monotonic() + 60
         while f"step {step}/" not in (out.read_text() if out.exists() else ""):
@@ -217,6 +222,7 @@ def test_ctrl_c_ends_cleanly_and_the_run_goes_on(start: Start, unbroken: Any, tm
     assert content(project) == unbroken("every")
 
 
+@pytest.mark.slow
 def test_a_real_process(settings: Callable[..., list[str]], unbroken: Any, tmp_path: Path):
     """Without the fork server: killed at the shell's command, started again there."""
     project = tmp_path / "run"

@@ -6,7 +6,7 @@ import json
 import os
 import threading
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +41,7 @@ def test_resampling_fills_the_step(server: ForkServer, settings: Any, tmp_path: 
         assert kept == 4 or row["rollout/num_groups"] == 14, "neither enough groups nor all tasks"
 
 
+@pytest.mark.slow
 def test_the_missing_model_is_made(server: ForkServer, settings: Any, jobs_dir: Path, tmp_path: Path):
     """model.prepare_config: the finetuning job that makes the model, run where the model is not there."""
     recipe = tmp_path / "sft.yaml"

@@ -38,6 +38,7 @@ def test_long_prompts_are_dropped_with_a_word(server: ForkServer, settings: Any,
     assert "1 of 14 records dropped: prompt longer than training.max_prompt_len=16" in job.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", [0, 1])
 def test_the_seed_decides(seed: int, server: ForkServer, settings: Any, tmp_path: Path):
     losses = []

@@ -6,7 +6,7 @@ from common.errors import UserError
 from common.records import Rollout, Task
 from reward.functions import load_function
 from reward.registry import REWARD_FUNCTIONS, REWARDS, TEXT, Reward, Score, make_reward
-from reward.scoring import Scorer
+from reward.scoring import Scorer, apply_penalty, overlong_penalty
 
 
 class Letters:
@@ -17,11 +17,16 @@ class Letters:
         return "".join(chr(i) for i in ids if i)
 
 
-def config(data_type="exact", function=None, margin=5, keep=(0.2, 0.8), advantage="zscore", max_token=100):
+def config(data_type="exact", function=None, margin=5, keep=(0.2, 0.8), advantage="zscore", max_token=100, penalty=0):
     return SimpleNamespace(
         dataset=SimpleNamespace(data_type=data_type),
         reward=SimpleNamespace(
-            function=function, overlong_margin=margin, keep_solve_rate=list(keep), num_workers=1, timeout_seconds=5.0
+            function=function,
+            overlong_margin=margin,
+            overlong_penalty_tokens=penalty,
+            keep_solve_rate=list(keep),
+            num_workers=1,
+            timeout_seconds=5.0,
         ),
         training=SimpleNamespace(advantage=advantage),
         rollout=SimpleNamespace(max_response_length=max_token),
@@ -67,6 +72,36 @@ def test_overlong_responses_count_as_wrong():
     assert [s.correct for s in Scorer(config(margin=-1, max_token=13), TASKS, Letters()).score(rollouts)] == [True, True, False]
     evaluation = SimpleNamespace(max_response_length=1000)
     assert Scorer(config(max_token=13), TASKS, Letters(), decoding=evaluation).score(rollouts)[1].correct
+
+
+@pytest.mark.parametrize(
+    "num_response, penalty", [(1, 0), (15, 0), (16, 0), (17, 0.25), (18, 0.5), (19, 0.75), (20, 1), (21, 1), (24, 1)]
+)
+def test_overlong_penalty_by_hand(num_response, penalty):
+    """max_token 20, the last 4 tokens; a block may end behind max_token. Without a zone there is no penalty, however long."""
+    assert overlong_penalty(num_response, 20, 4) == penalty
+    assert overlong_penalty(num_response, 20, 0) == 0
+
+
+def test_overlong_penalty_of_process_rewards():
+    """It falls on the last step, and what is right stays right."""
+    process = apply_penalty(Score(0.5, True, token_rewards=[0.1, 0.2], outcome=0.2), 0.75)
+    assert (process.reward, process.correct, process.token_rewards) == (-0.25, True, [0.1, 0.2])
+    assert process.outcome == pytest.approx(-0.55)
+    assert apply_penalty(Score(1.0, True), 0.5) == Score(0.5, True)
+
+
+def test_overlong_responses_are_punished_in_rl_only():
+    """Lengths with the stop 3, 5, 7, 9 and 13; max_token 13, margin 3 (so 10 and more are wrong), penalty over the last 8."""
+    rollouts = [rollout("a", n, "12" + " " * spaces) for n, spaces in enumerate([0, 2, 4, 6, 10])]
+    settings = dict(margin=3, max_token=13, keep=(0, 1), penalty=8)
+    scored = Scorer(config(**settings), TASKS, Letters()).score(rollouts)
+    assert [s.reward for s in scored] == [1, 1, 0.75, 0.5, -1]
+    assert [s.correct for s in scored] == [True, True, True, True, False]
+    rewards = [1, 1, 0.75, 0.5, -1]  # mean 0.45, variance (0.55**2 * 2 + 0.3**2 + 0.05**2 + 1.45**2) / 5 = 0.56
+    assert [s.advantage for s in scored] == pytest.approx([(r - 0.45) / 0.56**0.5 for r in rewards])
+    evaluation = SimpleNamespace(max_response_length=13)
+    assert [s.reward for s in Scorer(config(**settings), TASKS, Letters(), evaluation).score(rollouts)] == [1, 1, 1, 1, 0]
 
 
 def test_bounds_are_checked():

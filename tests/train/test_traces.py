@@ -15,7 +15,8 @@ from train.traces import Response, dense_rank, limit_pads
 
 
 def training(**changes):
-    return SimpleNamespace(**{"shrink": 1, "post_num": None, "lower_p": 0.1, "upper_p": 0.9, "mask_times_per_sample": 1, "mask_ratio": "per_block", **changes})
+    masks = {"lower_p": 0.1, "upper_p": 0.9, "mask_times_per_sample": 1, "mask_ratio": "per_block"}
+    return SimpleNamespace(**{"shrink": 1, "post_num": None, **masks, **changes})
 
 
 def response(prompt_length, step_map, num_trained=None, is_pad=None):

@@ -1,0 +1,162 @@
+"""The critic: its loss by hand, its tables, learning to predict, and the head on the policy's trunk."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from common import dist
+from models.value import load_value_model, save_value_model
+from tests.train.steps import forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from train.packing import Predictions, number
+from train.policy import policy_trainer
+from train.rl import PolicyUpdate
+from train.run import Run
+from train.shared_value import SharedValueUpdate
+from train.value import ValueUpdate, explained_variance, token_returns, token_values, value_loss
+
+
+def predictions(response, offset):
+    n = len(response)
+    return Predictions(np.array(response), np.array(offset), np.zeros(n, int), np.arange(n), np.ones(n))
+
+
+def test_the_loss_takes_the_worse_of_clipped_and_unclipped():
+    values, old, returns = torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 0.3, 1.0])
+    # Clipped to 0.2: (0.2 - 1)^2 > (0.5 - 1)^2; (0.5 - 0.3)^2 > (0.2 - 0.3)^2; inside the bounds both are one.
+    assert value_loss(values, old, returns, 0.2).tolist() == pytest.approx([0.32, 0.02, 0.405])
+
+
+def test_a_token_of_several_masks_has_the_mean_of_its_values():
+    p = predictions([0, 0, 1, 0], [0, 1, 0, 0])
+    assert token_values(np.array([1.0, 2.0, 3.0, 5.0]), p, np.array([0, 3, 4])).tolist() == [3.0, 2.0, 0.0, 3.0]
+
+
+def test_explained_variance():
+    returns = np.array([0.0, 1.0, 2.0])
+    assert explained_variance(returns, returns) == 1
+    assert explained_variance(np.zeros(3), returns) == 0
+    assert explained_variance(np.ones(3), np.ones(3)) == 0
+
+
+@pytest.fixture(scope="module")
+def rollouts():
+    out = scored(sample(tiny_model(3), requests_of_every_remainder(4, seed=5, num_samples=2), block_size=4, max_tokens=11))
+    for n, rollout in enumerate(out):
+        rollout.reward = float(n % 2)
+    return out
+
+
+def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
+    from train.rl import as_response
+
+    training = rl_config("training.gam=1.0", "training.lam=1.0").training
+    rollout = rollouts[0]
+    n = rollout.num_response
+    rollout = type(rollout)(**{**vars(rollout), "token_rewards": [0.25] * len(rollout.response_ids), "outcome": 3.0})
+    response = as_response(rollout, 100, 4, 0)
+    starts = np.array([0, len(response.response_ids)])
+    returns, advantages = token_returns([rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, training)
+    # Static unmasking reveals one token a step: the return of step t of n is 0.25 (n - t) + 3, the last token's own included.
+    order = np.argsort(np.argsort(rollout.step_map[:n]))
+    assert returns[:n] == pytest.approx(0.25 * (n - order) + 3.0)
+    assert advantages[:n] == pytest.approx(returns[:n]) and not returns[n:].any()
+
+
+@pytest.fixture
+def saved_model(tmp_path):
+    from tests.models.test_checkpoint import state
+    from models.checkpoint import save_pretrained
+
+    model = tiny_model(3)
+    save_pretrained(model, state(model), tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+@pytest.mark.parametrize("method", ["TraceRL", "coupled"])
+def test_the_critic_learns_what_the_rewards_are(rollouts, saved_model, method, tmp_path):
+    """On one batch, over and over: the explained variance rises from nothing, and the policy's advantages shrink."""
+    forget_accelerator()
+    overrides = [f"model.value_base_model={saved_model}", f"training.method={method}", "rollout.max_token=11", "optimizer.name=adamw"]
+    config = rl_config(*overrides, "optimizer.params.learning_rate=1e-6", "optimizer.params.value_learning_rate=3e-3", "training.eps=10")
+    accelerator = dist.make_accelerator(config)
+    model = tiny_model(3)
+    trainer = policy_trainer(model, config, accelerator, 1.0)
+    value = ValueUpdate(config, dist.value_accelerator(accelerator))
+    update = PolicyUpdate(trainer, config, model.fill_id, value=value)
+    explained = [update(rollouts, step=1)["value/explained_variance"] for _ in range(30)]
+    assert abs(explained[0]) < 1e-6, "a head of zeros explains nothing"
+    assert explained[-1] > 0.8
+    assert value.trainer.num_steps == trainer.num_steps == 30
+
+    value.save_checkpoint(tmp_path / "value")
+    forget_accelerator()
+    _, again = load_value_model(str(tmp_path / "value"), "sdar", torch.float32)
+    ours = dict(value.trainer.module.model.named_parameters())
+    assert all(torch.equal(p, ours[name]) for name, p in again.named_parameters() if not name.startswith("decoder.lm_head"))
+
+
+def test_it_is_updated_every_so_many_steps(rollouts, saved_model):
+    forget_accelerator()
+    config = rl_config(f"model.value_base_model={saved_model}", "experiment.train_value_every=2", "rollout.max_token=11")
+    accelerator = dist.make_accelerator(config)
+    model = tiny_model(3)
+    trainer = policy_trainer(model, config, accelerator, 1.0)
+    value = ValueUpdate(config, dist.value_accelerator(accelerator))
+    update = PolicyUpdate(trainer, config, model.fill_id, value=value)
+    taken = []
+    for step in (1, 2, 3):
+        update(rollouts, step)
+        taken.append(value.trainer.num_steps)
+    forget_accelerator()
+    assert taken == [0, 1, 1]
+
+
+def test_a_head_on_the_trunk_adds_its_loss_to_the_policy_s(rollouts):
+    """The loss is the policy's with the critic's advantages plus the weighted value loss, by hand from the outputs."""
+    forget_accelerator()
+    config = rl_config("model.value_shared=true", "training.value_loss_weight=0.25", "rollout.max_token=11", "training.eps=0.2")
+    accelerator = dist.make_accelerator(config)
+    model = tiny_model(3)
+    trainer = policy_trainer(model, config, accelerator, 1.0)
+    with torch.no_grad():
+        trainer.module.value_head.weight.fill_(0.05)
+    update = PolicyUpdate(trainer, config, model.fill_id, value=SharedValueUpdate(trainer, config))
+    documents = update.documents(rollouts, 1)
+    p = number(documents)
+    old = trainer.outputs(documents, len(p), output=2)
+    advantages, critic, _ = update.value.advantages(rollouts, update.responses(rollouts), documents, p)
+    weights = 1 / (np.bincount(p.response)[p.response] * len(np.unique(p.response)))
+    expected = -(weights * advantages).sum() + 0.25 * (weights * 0.5 * (old - critic.returns) ** 2).sum()
+    metrics = update(rollouts, 1)
+    forget_accelerator()
+    assert metrics["train/loss"] == pytest.approx(expected, rel=1e-4)
+    assert not torch.equal(trainer.module.value_head.weight, torch.full_like(trainer.module.value_head.weight, 0.05))
+
+
+def test_a_run_keeps_and_finds_the_critic_again(tmp_path, saved_model):
+    forget_accelerator()
+    config = rl_config(f"model.value_base_model={saved_model}", f"model.pretrained_model={saved_model}", "rollout.max_token=11")
+    config.experiment.project, config.experiment.save_state_every = str(tmp_path / "run"), 1
+    run = Run(config, 4, 1.0)
+    run.resume()
+    with torch.no_grad():
+        run.value.trainer.module.model.head.weight.fill_(0.5)
+    run.value.trainer.num_steps = 7
+    run.finish_step({}, {})
+    forget_accelerator()
+    again = Run(config, 4, 1.0)
+    again.resume()
+    forget_accelerator()
+    assert again.value.trainer.num_steps == 7 and (again.value.trainer.module.model.head.weight == 0.5).all()
+
+
+def test_value_models_are_written_under_published_names(tmp_path, saved_model):
+    from safetensors.torch import load_file
+
+    pretrained, module = load_value_model(saved_model, "sdar", torch.float32)
+    save_value_model(pretrained, module.state_dict(), tmp_path / "value")
+    names = load_file(tmp_path / "value" / "model.safetensors")
+    assert names["value_head.weight"].shape == (1, 64) and "lm_head.weight" not in names
+    assert "model.layers.1.self_attn.k_proj.weight" in names
