@@ -78,11 +78,12 @@ class EvalResult:
     num_tasks: int
     num_responses: int
     num_prompts_too_long: int
-    accuracy: float
-    """Mean over responses of being right; of the reward, where it does not say what is right."""
-    standard_error: float
+    mean_reward: float
+    accuracy: float | None
+    """Mean over responses of being right. This and the next two are None where the reward does not say what is right."""
+    standard_error: float | None
     """Of the accuracy, over tasks."""
-    pass_at_k: float
+    pass_at_k: float | None
     """Share of tasks that one of the k responses solves."""
     k: int
     mean_length: float
@@ -94,8 +95,8 @@ class EvalResult:
 
     def metrics(self) -> dict[str, float]:
         """For metrics.jsonl."""
-        keys = ["accuracy", "standard_error", "pass_at_k", "mean_length", "cut_off_share", "tokens_per_forward"]
-        numbers = {f"eval/{self.name}/{key}": float(getattr(self, key)) for key in keys}
+        keys = ["mean_reward", "accuracy", "standard_error", "pass_at_k", "mean_length", "cut_off_share", "tokens_per_forward"]
+        numbers = {f"eval/{self.name}/{key}": float(getattr(self, key)) for key in keys if getattr(self, key) is not None}
         return {**numbers, f"rate/eval_{self.name}_tokens_per_second": self.tokens_per_second}
 
     def record(self) -> dict[str, Any]:
@@ -137,13 +138,6 @@ class Evaluator:
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.accelerator, weights_version, f"evaluation: {name}")
         seconds = time.perf_counter() - start
         scored = score_on_all_ranks(self.scorer, rollouts, self.accelerator)
-        # A prompt that was too long is a task that was not solved.
-        right = {task.id: [] for task in self.tasks}
-        for r in scored:
-            right[r.task_id].append(r.reward if r.correct is None else float(r.correct))
-        rates = [sum(own) / k for own in right.values()]
-        accuracy = sum(rates) / len(rates)
-        spread = sum((rate - accuracy) ** 2 for rate in rates) / max(1, len(rates) - 1)
         num_tokens = sum(r.num_response for r in scored)
         return EvalResult(
             name=name,
@@ -151,9 +145,8 @@ class Evaluator:
             num_tasks=len(self.tasks),
             num_responses=len(scored),
             num_prompts_too_long=len(too_long),
-            accuracy=accuracy,
-            standard_error=math.sqrt(spread / len(rates)),
-            pass_at_k=sum(any(score > 0 for score in own) for own in right.values()) / len(right),
+            mean_reward=sum(r.reward for r in scored) / max(1, len(scored)),
+            **solve_rates(scored, [task.id for task in self.tasks], k),
             k=k,
             mean_length=num_tokens / max(1, len(scored)),
             cut_off_share=sum(r.finish == "length" for r in scored) / max(1, len(scored)),
@@ -179,9 +172,7 @@ class Evaluator:
 def named_variants(evaluation: Any) -> dict[str, Any]:
     """The decodings to run; a name says what differs between them."""
     variants = evaluation.variants()
-    varied = [
-        key for key in ("remasking_strategy", "top_k", "block_size") if len({str(getattr(v, key)) for v in variants}) > 1
-    ]
+    varied = [key for key in ("remasking_strategy", "top_k", "block_size") if len({str(getattr(v, key)) for v in variants}) > 1]
 
     def name(decoding: Any) -> str:
         words = [decoding.remasking_strategy]
@@ -191,15 +182,40 @@ def named_variants(evaluation: Any) -> dict[str, Any]:
     return {name(v): v for v in variants}
 
 
+def solve_rates(scored: list[ScoredRollout], task_ids: list[str], k: int) -> dict[str, float | None]:
+    """accuracy (mean over k responses of every task), its standard error over tasks, and pass@k.
+
+    A task without a response (its prompt was too long) is one that was not solved. All None where a response has no verdict.
+    """
+    if any(r.correct is None for r in scored):
+        return {"accuracy": None, "standard_error": None, "pass_at_k": None}
+    num_right = dict.fromkeys(task_ids, 0)
+    for r in scored:
+        num_right[r.task_id] += r.correct
+    rates = [right / k for right in num_right.values()]
+    accuracy = sum(rates) / len(rates)
+    variance = sum((rate - accuracy) ** 2 for rate in rates) / max(1, len(rates) - 1)
+    return {
+        "accuracy": accuracy,
+        "standard_error": math.sqrt(variance / len(rates)),
+        "pass_at_k": sum(right > 0 for right in num_right.values()) / len(rates),
+    }
+
+
 def table(results: list[EvalResult]) -> str:
     """The results as aligned text."""
-    head = ["decoding", "accuracy", "s.e.", "pass@k", "k", "length", "cut off", "tokens/forward", "tokens/s"]
+
+    def share(value: float | None) -> str:
+        return "-" if value is None else f"{value:.3f}"
+
+    head = ["decoding", "reward", "accuracy", "s.e.", "pass@k", "k", "length", "cut off", "tokens/forward", "tokens/s"]
     rows = [
         [
             r.name,
-            f"{r.accuracy:.3f}",
-            f"{r.standard_error:.3f}",
-            f"{r.pass_at_k:.3f}",
+            share(r.mean_reward),
+            share(r.accuracy),
+            share(r.standard_error),
+            share(r.pass_at_k),
             str(r.k),
             f"{r.mean_length:.1f}",
             f"{r.cut_off_share:.3f}",
@@ -209,7 +225,10 @@ def table(results: list[EvalResult]) -> str:
         for r in results
     ]
     widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in [head, *rows]]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        for row in [head, *rows]
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 

@@ -59,8 +59,11 @@ def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
 
 def make_missing_model(config: Any) -> None:
     """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there yet."""
+    from models.family import TINY_RANDOM
+
     path = Path(config.model.pretrained_model)
-    if config.model.prepare_config is None or path.exists() or already_launched():
+    is_there = path.exists() or str(path) == TINY_RANDOM
+    if config.model.prepare_config is None or is_there or already_launched():
         return
     print(f"{path} is not there yet: making it with {config.model.prepare_config}", flush=True)
     script = Path(__file__).resolve().parent / "train" / "sft_sdar.py"

@@ -44,9 +44,16 @@ def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False)
     shutil.rmtree(ROOT / folder, ignore_errors=True)
     sft, rl = folder / "sft", folder / "rl"
     seconds = {}
-    seconds["sft"] = call("train/sft_sdar.py", "config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}", quiet=quiet)
+    seconds["sft"] = call(
+        "train/sft_sdar.py", "config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}", quiet=quiet
+    )
     model = sft / "ckpt" / "optimized"
-    arguments = ["config=configs/rl_tiny.yaml", f"experiment.project={rl}", f"training.seed={seed}", f"model.pretrained_model={model}"]
+    arguments = [
+        "config=configs/rl_tiny.yaml",
+        f"experiment.project={rl}",
+        f"training.seed={seed}",
+        f"model.pretrained_model={model}",
+    ]
     if control:
         arguments += [f"experiment.plugins=[{CONTROL}]", "reward.function=exact_permuted"]
     before = evaluate(folder / "eval_before", model, quiet)
@@ -86,7 +93,9 @@ HEAD = f"{'seed':>16}  sampled         greedy          tokens/forward  SFT + RL"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("--seeds", action="store_true", help="three other seeds and the control")
     parser.add_argument("--folder", type=Path, default=Path("runs"))
     arguments = parser.parse_args()

@@ -31,6 +31,7 @@ class Registry(Generic[T]):
     def register(self, name: str, entry: T | str | None = None) -> Callable[[T], T] | None:
         """`register(name, entry)`, or as a decorator `@REGISTRY.register(name)`. A name is taken once."""
         if entry is None:
+
             def decorate(target: T) -> T:
                 self.register(name, target)
                 return target

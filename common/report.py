@@ -32,6 +32,7 @@ SUMMARY = (
     ("rollout/steps_per_block", "Steps per block", "min"),
     ("rollout/entropy", "Entropy, nats", None),
     ("train/loss", "Loss", None),
+    ("eval/validation_loss", "Validation loss", "min"),
     ("train/kl", "KL", None),
     ("gap/logprob_mean", "Engine/trainer gap, mean", "min"),
     ("gap/logprob_max", "Engine/trainer gap, max", "min"),

@@ -1,12 +1,12 @@
 """The run directory: what a run writes, and how it is found again.
 
-    config.yaml      the resolved settings
-    metrics.jsonl    a line per step
-    rollouts/        step_000012.jsonl: every scored response of that RL step
-    ckpt/            Hugging Face checkpoints: optimized, step-N
-    state/           step_000012/: what resuming needs (the newest one is kept)
-    results/         evaluations
-    report.html
+config.yaml      the resolved settings
+metrics.jsonl    a line per step
+rollouts/        step_000012.jsonl: every scored response of that RL step
+ckpt/            Hugging Face checkpoints: optimized, step-N
+state/           step_000012/: what resuming needs (the newest one is kept)
+results/         evaluations
+report.html
 """
 
 from __future__ import annotations

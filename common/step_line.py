@@ -59,6 +59,7 @@ def line_fields(step: int, total: int | None, metrics: dict[str, Any], eta_secon
     add(7, lambda v: f"grad {_short(v)}", "train/gradient_norm")
     add(11, lambda v: f"lr {_short(v)}", "train/learning_rate")
     add(10, lambda v: f"gap {_short(v)}", "gap/logprob_mean")
+    add(1, lambda v: f"validation {v:.4f}", "eval/validation_loss")
     for key in sorted(metrics):
         if re.fullmatch(r"eval/.+/accuracy", key):
             add(1, lambda v, key=key: f"{key[5:-9]} {v:.1%}", key)

@@ -288,7 +288,7 @@ def _check_rl(config: Config) -> None:
     r, t, m = config.rollout, config.training, config.model
     if config.evaluation.if_eval and config.dataset.eval_dataset is None:
         raise UserError("dataset.eval_dataset: is missing: name the tasks to evaluate on, or set evaluation.if_eval=false")
-    if config.reward.overlong_margin >= r.max_token:
+    if config.reward.overlong_margin is not None and config.reward.overlong_margin >= r.max_token:
         raise UserError(
             f"reward.overlong_margin: got {config.reward.overlong_margin}, must be below rollout.max_token, "
             f"which is {r.max_token}: every response would count as over-long"
@@ -301,8 +301,8 @@ def _check_rl(config: Config) -> None:
     has_value = m.value_base_model is not None or m.value_shared
     if m.value_shared and m.value_base_model is not None:
         raise UserError(
-            f"model.value_shared: got true beside model.value_base_model={m.value_base_model}: the value head sits on the policy's trunk "
-            "or on a model of its own, give only one of them"
+            f"model.value_shared: got true beside model.value_base_model={m.value_base_model}: the value head sits on the "
+            "policy's trunk or on a model of its own, give only one of them"
         )
     if r.num_response_per_task == 1 and not has_value:
         raise UserError(

@@ -132,7 +132,7 @@ def resolve_defaults(config: Config, job: Job) -> None:
         training.max_gen_length = config.rollout.max_token
     if training.eps_high is None:
         training.eps_high = training.eps
-    if training.lora.rank and training.lora.alpha is None:
+    if training.lora.alpha is None and (training.lora.rank or 0) > 0:
         training.lora.alpha = 2.0 * training.lora.rank
     if params.learning_rate is None:
         params.learning_rate = 1e-6 if params.policy_learning_rate is None else params.policy_learning_rate

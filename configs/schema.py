@@ -248,8 +248,8 @@ class Reward:
 
     function: str | None = None
     """A reward of your own, path/to/file.py:name or a registered name; null: the one of dataset.data_type."""
-    overlong_margin: int = 5
-    """Responses of max_token minus this or more count as wrong."""
+    overlong_margin: int | None = 5
+    """Responses of max_token minus this or more count as wrong; null: no such rule."""
     overlong_penalty_tokens: int = 0
     """Soft punishment of long responses in RL: over the last so many tokens before max_token the reward falls linearly, by 1 at
     max_token. 0: none."""
@@ -292,7 +292,7 @@ class Training:
     """The update."""
 
     method: str | None = None
-    """What is masked and predicted, a name in train/methods.py; null: TraceRL for RL, semi-ar for SFT."""
+    """What is masked and predicted, a file of train/methods/; null: TraceRL for RL, semi-ar for SFT."""
     objective: str | None = None
     """What is minimised; null: the method's own objective."""
     loss_weighting: Literal["reference", "step", "response", "token", "constant"] = "reference"

@@ -130,7 +130,7 @@ def download(name: str, folder: Path = DATA_DIR, force: bool = False) -> str:
 @entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python data/download_data.py", description="Download data sets into data/.")
-    parser.add_argument("--dataset", nargs="+", default=[], metavar="NAME", help="names, see --list")
+    parser.add_argument("--dataset", nargs="+", action="extend", default=[], metavar="NAME", help="names, see --list")
     parser.add_argument("--all", action="store_true", help="all of them")
     parser.add_argument("--list", action="store_true", help="show the names and what is there")
     parser.add_argument("--force", action="store_true", help="download again what is there")

@@ -153,7 +153,8 @@ def _rollout(row: dict[str, Any]) -> dict[str, Any]:
     if not row["response_ids"] or not row.get("num_response", 1):
         raise Dropped("empty response")
     kept = {name: row[name] for name in ("prompt_ids", "response_ids", "num_response", "step_map") if name in row}
-    return {"id": f"{row.get('task_id', row.get('id', 'rollout'))}/{row.get('sample', 0)}", **kept}
+    own_id = str(row.get("task_id", row.get("id", "rollout")))
+    return {"id": f"{own_id}/{row['sample']}" if "sample" in row else own_id, **kept}
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------------
@@ -249,7 +250,8 @@ def read_hub(name: str, hub_split: str, hub_config: str | None) -> list[dict[str
     from data.download_data import _host_is_known
 
     if not (constants.HF_HUB_OFFLINE or _host_is_known(constants.ENDPOINT)):
-        raise UserError(f"{name}: {constants.ENDPOINT} cannot be reached: download the data by hand and name the file, or set HF_ENDPOINT")
+        by_hand = "download the data by hand and name the file, or set HF_ENDPOINT"
+        raise UserError(f"{name}: {constants.ENDPOINT} cannot be reached: {by_hand}")
     try:
         rows = datasets.load_dataset(name, hub_config, split=hub_split).to_list()
     except (ConnectionError, OSError, ValueError, RuntimeError) as error:  # offline, unknown name, config or split
@@ -313,7 +315,8 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
     texts = []
     for number, record in enumerate(records):
         own = as_record(record, str(number))
-        prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, not options.plain)
+        is_chat = not options.plain
+        prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, is_chat)
         fill = [model.fill_id] * (-(len(prompt_ids) + len(response_ids)) % options.block_size)
         texts.append(Text(own.id, prompt_ids, response_ids + fill))
     with tqdm(total=len(texts), desc="step maps", unit="text", leave=False, disable=None, delay=1.0) as bar:
@@ -327,7 +330,7 @@ def main_options(argv: list[str] | None) -> argparse.Namespace:
     raw = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(prog="python -m data.prepare_sft", description=__doc__, formatter_class=raw)
     parser.add_argument("input", help="json, jsonl or parquet file, a name in data/, or a data set of the hub")
-    parser.add_argument("--out", required=True, type=Path, help="JSON file to write (the held-out part: NAME_held_out.json beside it)")
+    parser.add_argument("--out", required=True, type=Path, help="JSON file to write (held-out part: NAME_held_out.json beside it)")
     parser.add_argument("--force", action="store_true", help="overwrite what is there")
     parser.add_argument("--split", default="train", help="of a data set of the hub (default: train)")
     parser.add_argument("--config", help="of a data set of the hub that has several")
@@ -335,13 +338,13 @@ def main_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--response-field", help="name of the response, where it is an unusual one")
     parser.add_argument("--only-correct", action="store_true", help="keep the records whose field `correct` is true (rollouts)")
     parser.add_argument("--limit", type=int, help="read no more than so many records")
-    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="share of the prompts for the validation loss")
+    parser.add_argument("--held-out", type=float, default=0.0, metavar="SHARE", help="of the prompts, for the validation loss")
     parser.add_argument("--seed", type=int, default=1, help="of the choice of held-out prompts")
     parser.add_argument("--tokenizer", metavar="MODEL", help="count tokens with this model's tokenizer")
     parser.add_argument("--max-prompt", type=int, metavar="TOKENS", help="drop longer prompts (needs --tokenizer)")
     parser.add_argument("--max-response", type=int, metavar="TOKENS", help="drop longer responses (needs --tokenizer)")
     parser.add_argument("--chat-style", default="chatml", help="chat format where the tokenizer has no template (default: chatml)")
-    parser.add_argument("--plain", action="store_true", help="prompts are the whole text, not a user's turn (data_type exact)")
+    parser.add_argument("--plain", action="store_true", help="prompts are the whole text, no user's turn (data_type exact)")
     parser.add_argument("--render", action="store_true", help="write prompts as the text that the model sees (needs --tokenizer)")
     steps = parser.add_argument_group("step maps, for training.method=trace")
     steps.add_argument("--sample-steps", metavar="MODEL", help="unmask every response with this model and keep the order")

@@ -21,11 +21,9 @@ from torch import Tensor
 from common.errors import UserError
 from common.files import replace_directory
 from models.decoder import Decoder
-from models.family import FAMILIES, Family, Piece
+from models.family import TINY_RANDOM, Family, Piece
 from models.lora import ADAPTER_CONFIG, LoRA, is_adapter, load_adapter, merged_folder, merged_state, read_config, save_adapter
-
-TINY_RANDOM = "tiny-random"
-"""The name of a model that is made, not read: models/tiny.py."""
+from models.registry import FAMILIES
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack")
 SHARD_SIZE = "5GB"
@@ -249,11 +247,18 @@ def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str
         surplus = {name for name in surplus if not name.endswith("rotary_emb.inv_freq")}
         missing = [piece.published for piece in pieces if piece.published not in {*where, *ignore}]
         if missing:
-            raise UserError(f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}: not a {family.name} checkpoint?")
+            raise UserError(
+                f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}: not a {family.name} checkpoint?"
+            )
         if decoder.config.tie_word_embeddings and surplus == {"lm_head.weight"}:
             # Some writers store the tied head as well: it has to be the embedding then.
-            if not torch.equal(where["lm_head.weight"].get_tensor("lm_head.weight"), where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight")):
-                raise UserError(f"{path}: tie_word_embeddings is true but lm_head.weight differs from the embedding: mend config.json")
+            if not torch.equal(
+                where["lm_head.weight"].get_tensor("lm_head.weight"),
+                where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight"),
+            ):
+                raise UserError(
+                    f"{path}: tie_word_embeddings is true but lm_head.weight differs from the embedding: mend config.json"
+                )
             surplus = set()
         if surplus:
             raise UserError(

@@ -110,7 +110,8 @@ class Decoder(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.config = c
-        self.embed = nn.Embedding(c.vocab_size, c.hidden_size)
+        # from_pretrained draws no initial weights, which on the meta device would import torch._dynamo: a second at every start.
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.hidden_size), freeze=False)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = Head(c)

@@ -11,6 +11,9 @@ from typing import Any, Callable, Literal
 
 from common.registry import Registry
 
+TINY_RANDOM = "tiny-random"
+"""The name of a model that is made, not read: models/tiny.py."""
+
 
 @dataclass(frozen=True)
 class DecoderConfig:
@@ -68,4 +71,4 @@ class Family:
     """The block size that a checkpoint was trained for, where its config.json says so."""
 
 
-FAMILIES: Registry[Family] = Registry("model family (model.model_base)")
+FAMILIES: Registry[Family] = Registry("model family")

@@ -13,7 +13,7 @@ from common.registry import Registry
 
 SOLVE_RATE_TOLERANCE = 1e-9  # bounds are inclusive: 1/5 counts as 0.2 whatever the last bit says
 
-ADVANTAGES: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("advantage (training.advantage)")
+ADVANTAGES: Registry[Callable[[np.ndarray], np.ndarray]] = Registry("advantage")
 
 
 def all_equal(rewards: np.ndarray) -> bool:

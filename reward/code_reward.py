@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
-from typing import Any, Mapping, Sequence
+import sys
+from typing import Any, Iterator, Mapping, Sequence
 
-from common.errors import warn
+from common.errors import UserError, warn
 from data.instructions import code_turn
 from reward.code_text import last_program, with_prefix
 from reward.registry import LIST, TEXT, Progress, ResponseToScore, Reward, Score
@@ -42,9 +44,11 @@ class CodeChecker:
         self.is_probed = False
 
     def probe(self) -> None:
-        """Start a sandbox, once, and say what it cannot protect from. Raises RuntimeError where there is none."""
+        """Start a sandbox, once, and say what it cannot protect from. Raises RuntimeError where it fails."""
         if self.is_probed:
             return
+        if sys.platform != "linux":
+            raise UserError(f"dataset.data_type: got code on {sys.platform}, but the sandbox for programs needs Linux")
         self.is_probed = True
         (outcome,) = self.pool.map([{"kind": "probe", **self.common}])
         if outcome.status != "ok":
@@ -64,7 +68,8 @@ class CodeChecker:
 
     def check(self, programs: Sequence[tuple[str, Mapping[str, Any]]], progress: Progress | None = None) -> list[list[Verdict]]:
         """Verdicts of all tests of each (program, record). Equal programs with equal tests are run once."""
-        self.probe()
+        if programs:
+            self.probe()
         unique: dict[Any, int] = {}
         jobs: list[dict[str, Any]] = []
         parts: list[list[int]] = []
@@ -139,7 +144,10 @@ class CodeReward(Reward):
             "no python block" if code is None else "program too long" if len(code) > LONGEST_PROGRAM else None for code in codes
         ]
         programs = [(code, r.task.fields) for code, r, note in zip(codes, responses, notes) if note is None]
-        verdicts = iter(self.checker.check(programs, progress))
+        with contextlib.ExitStack() as stack:
+            if progress is None:
+                progress = stack.enter_context(progress_bar())
+            verdicts = iter(self.checker.check(programs, progress))
         return [Score(0.0, False, note=note) if note is not None else self._as_score(next(verdicts)) for note in notes]
 
     def _as_score(self, verdicts: list[Verdict]) -> Score:
@@ -150,6 +158,21 @@ class CodeReward(Reward):
 
     def close(self) -> None:
         self.checker.close()
+
+
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar over runs of programs: on a terminal only, and on one process only."""
+    from tqdm import tqdm
+
+    disable = None if os.environ.get("RANK", "0") == "0" else True
+    with tqdm(desc="tests", unit="run", leave=False, disable=disable, delay=1.0) as bar:
+
+        def progress(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        yield progress
 
 
 def _list_problem(record: Mapping[str, Any], name: str) -> str | None:

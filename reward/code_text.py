@@ -6,6 +6,8 @@ import ast
 import re
 import textwrap
 
+from reward.function_names import definitions_of, parse, parse_head
+
 _OPEN = re.compile(r"```[ \t]*([A-Za-z0-9_+.-]*)[^\n`]*\r?\n")
 _CLOSE = re.compile(r"^[ \t]*```[ \t]*\r?$", re.MULTILINE)
 PYTHON = ("python", "python3", "py")
@@ -45,17 +47,6 @@ def last_program(text: str) -> str | None:
     return None
 
 
-def _parse(text: str) -> ast.Module | None:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _defined(tree: ast.Module) -> set[str]:
-    return {n.name for n in tree.body if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef))}
-
-
 def with_prefix(code: str, prefix: str) -> str:
     """The program of a function task whose prompt gives its head.
 
@@ -64,13 +55,15 @@ def with_prefix(code: str, prefix: str) -> str:
     """
     if not prefix.strip():
         return code
-    head = _parse(prefix) or _parse(prefix.rstrip() + "\n    pass\n")
+    head = parse_head(prefix)
     if head is None:
         return code
-    program = _parse(code)
-    if _defined(head) and (program is None or not _defined(head) & _defined(program)):
-        whole = prefix.rstrip() + "\n" + (code if code[:1] in (" ", "\t") else textwrap.indent(code, "    "))
-        if (joined := _parse(whole)) is not None and _defined(head) & _defined(joined):
+    program = parse(code)
+    if definitions_of(head) and (program is None or not definitions_of(head) & definitions_of(program)):
+        last = prefix.rstrip().rpartition("\n")[2]
+        indent = last[: len(last) - len(last.lstrip())] + "    " * last.endswith(":")
+        whole = prefix.rstrip() + "\n" + (code if code[:1] in (" ", "\t") else textwrap.indent(code, indent))
+        if (joined := parse(whole)) is not None and definitions_of(head) & definitions_of(joined):
             return whole
     imports = [n for n in head.body if isinstance(n, (ast.Import, ast.ImportFrom)) and getattr(n, "module", "") != "__future__"]
     if program is None or not imports:

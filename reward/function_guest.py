@@ -18,10 +18,10 @@ from reward.sandbox_values import Channel, Closed, Codec
 MUTABLE = (list, dict, set, bytearray)
 
 OPERATIONS: dict[str, Any] = {
-    **{name: getattr(operator, name) for name in "eq ne lt le gt ge add sub mul truediv floordiv mod pow matmul and_ or_ xor".split()},
-    **{name: getattr(operator, name) for name in "lshift rshift neg pos invert getitem setitem delitem index".split()},
-    **{name: getattr(builtins, name) for name in "len iter next str repr bool int float complex abs hash isinstance issubclass".split()},
-    **{name: getattr(builtins, name) for name in "getattr setattr reversed round dir format".split()},
+    **{name: getattr(operator, name) for name in "eq ne lt le gt ge add sub mul truediv floordiv mod pow matmul".split()},
+    **{name: getattr(operator, name) for name in "and_ or_ xor lshift rshift neg pos invert getitem setitem delitem index".split()},
+    **{name: getattr(builtins, name) for name in "len iter next reversed str repr format bool int float abs round".split()},
+    **{name: getattr(builtins, name) for name in "isinstance issubclass getattr setattr".split()},
     "enter": lambda manager: type(manager).__enter__(manager),
     "exit": lambda manager: type(manager).__exit__(manager, None, None, None),
 }

@@ -113,14 +113,14 @@ class Reward:
         """End worker processes, if any. Called once; also safe to leave out: workers end with their parent."""
 
 
-REWARDS: Registry[type[Reward]] = Registry("reward (dataset.data_type)")
+REWARDS: Registry[type[Reward]] = Registry("reward")
 REWARDS.register("math", "reward.math_reward:MathReward")
 REWARDS.register("exact", "reward.exact:ExactReward")
 REWARDS.register("code", "reward.code_reward:CodeReward")
 REWARDS.register("judge", "reward.judge:NoOutcome")
 
 RewardFunction = Callable[[Task, str, Rollout], "float | bool | Score"]
-REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function (reward.function)")
+REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
 
 
 def make_reward(data_type: str, settings: Any = None, config: Any = None) -> Reward:

@@ -9,7 +9,6 @@ The judge of a program is this process (scripts) or a second sandbox (functions)
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import select
@@ -24,49 +23,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from reward.function_judge import is_setup
-from reward.sandbox_runner import descendants
+from reward.function_names import is_setup, parse
+from reward.sandbox_limits import Limits, kernel, num_threads_of_user, usage
 
 RUNNER = Path(__file__).with_name("sandbox_runner.py")
 START_SECONDS = 60
-TICKS = os.sysconf("SC_CLK_TCK")
-PAGE = os.sysconf("SC_PAGE_SIZE")
-MAX_VERDICT_BYTES = 1 << 20
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Of one test. Memory, processes and processor time are those of the program with all of its children."""
-
-    seconds: float = 4.0
-    """Processor time; on the clock twice that, at least one second more: a busy machine makes no program wrong."""
-    memory_bytes: int = 1 << 30
-    num_processes: int = 64
-    """Processes and threads."""
-    file_bytes: int = 64 << 20
-    """Of one file, and of all of them where the scratch directory is in memory."""
-    output_bytes: int = 16 << 20
-    """Written to stdout, besides what is expected."""
-
-    @property
-    def clock_seconds(self) -> float:
-        return max(2 * self.seconds, self.seconds + 1)
-
-    def of_process(self, num_used: int, num_tests: int = 1) -> dict[str, int]:
-        """RLIMIT name -> value, of a process that lives for `num_tests` tests, where the user runs `num_used` others.
-
-        Address space is more than memory: threads reserve far more than they touch.
-        """
-        return {
-            "AS": 4 * self.memory_bytes,
-            "CPU": int(self.seconds * num_tests) + 2,  # a second line, for when this process is gone
-            "FSIZE": self.file_bytes,
-            "NPROC": self.num_processes + num_used,
-            "NOFILE": 256,
-            "CORE": 0,
-            "MEMLOCK": 1 << 16,
-            "MSGQUEUE": 0,
-        }
 
 
 @dataclass(frozen=True)
@@ -96,31 +57,6 @@ class SandboxError(RuntimeError):
     """The sandbox itself does not work: nothing is known about the program."""
 
 
-@dataclass
-class _Usage:
-    seconds: float = 0.0
-    memory_bytes: int = 0
-    num_processes: int = 0
-
-
-def usage(pid: int) -> _Usage:
-    """Of all processes below `pid`, and of their children that have ended. Pages of files do not count as memory."""
-    total = _Usage()
-    for one in [pid, *descendants(pid)]:
-        try:
-            with open(f"/proc/{one}/stat", "rb") as file:
-                stat = file.read().rpartition(b")")[2].split()
-            with open(f"/proc/{one}/statm", "rb") as file:
-                _, resident, shared, *_ = map(int, file.read().split())
-        except (OSError, ValueError):
-            continue  # ended meanwhile
-        total.seconds += sum(map(int, stat[11:15])) / TICKS
-        if one != pid:
-            total.memory_bytes += (resident - shared) * PAGE
-            total.num_processes += int(stat[17])
-    return total
-
-
 def _file_with(content: bytes) -> int:
     """A nameless file to read `content` from."""
     fd = os.memfd_create("job")
@@ -141,8 +77,6 @@ class _Process:
     limits: Limits
     began: float = field(default_factory=time.monotonic)
     seconds_before: float | None = 0.0
-    ended: bool = False
-    exit_code: int = 0
 
     def restart_clock(self) -> None:
         self.began, self.seconds_before = time.monotonic(), None
@@ -159,12 +93,16 @@ class _Process:
             return "memory"
         return "processes" if used.num_processes > self.limits.num_processes + 1 else None
 
-    def read_status(self) -> None:
+    def exit_code(self) -> int:
+        """Of the program, once `status` is readable. Raises SandboxError where init could not start it."""
         text = os.read(self.status, 4096).decode()
-        self.ended = True
         if text.startswith("failed"):
             raise SandboxError(f"a program could not be started: {text}")
-        self.exit_code = int(text) if text else -signal.SIGKILL
+        return int(text) if text else -signal.SIGKILL
+
+    def check_started(self) -> None:
+        if select.select([self.status], [], [], 0)[0]:
+            self.exit_code()
 
 
 class Sandbox:
@@ -194,12 +132,10 @@ class Sandbox:
         """The zygote, with `control` as descriptor 3 and an environment that holds nothing of ours."""
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         environment = {"PYTHONHASHSEED": "0", "PATH": "/usr/bin:/bin", "HOME": "/tmp", "LANG": "C.UTF-8", **threads}
-        read, write = os.pipe()  # keeps descriptor 3 free of what Popen opens
         code = (
             "import os, sys; fd, path = int(sys.argv[1]), sys.argv[2]; os.dup2(fd, 3); os.closerange(4, 65536); "
             "os.set_inheritable(3, True); os.execv(sys.executable, [sys.executable, '-s', path, sys.argv[3]])"
         )
-        os.close(read), os.close(write)
         arguments = [str(control.fileno()), str(RUNNER), json.dumps(settings)]
         return subprocess.Popen(
             [sys.executable, "-s", "-S", "-c", code, *arguments],
@@ -280,8 +216,8 @@ class Sandbox:
             uid = self._program_uids()[judge]
             if scratch is not None:
                 os.chown(scratch, uid, uid)
-        else:  # the limit counts all that this user runs, in older kernels in namespaces as well
-            num_used = _num_threads_of_user()
+        elif not (self.namespaces and kernel() >= (5, 14)):  # the limit counts all that this user runs
+            num_used = num_threads_of_user()
         settings = {
             "limits": limits.of_process(num_used, num_tests),
             "scratch_bytes": limits.file_bytes,
@@ -361,10 +297,9 @@ class Sandbox:
                 if not part:  # closed early: only its end counts now
                     select.select([process.status], [], [], wait)
             if process.status in ready:
-                process.read_status()
+                code = process.exit_code()
                 parts.append(_drain(read, max_output - size))
-                outcome = "time" if process.exit_code == -signal.SIGXCPU else "exit"
-                return Run(outcome, process.exit_code, b"".join(parts))
+                return Run("time" if code == -signal.SIGXCPU else "exit", code, b"".join(parts))
             if not ready or time.monotonic() - process.began > 0.05:
                 if over := process.over():
                     return Run(over, -signal.SIGKILL)
@@ -380,7 +315,7 @@ class Sandbox:
         verdicts: list[Verdict | None] = [None] * len(tests)
         first = 0
         while first < len(tests):
-            prepare = [n for n in range(first) if is_setup(_parse(tests[n]))]
+            prepare = [n for n in range(first) if is_setup(parse(tests[n]))]
             self._run_functions_from(first, prepare, code, tests, prefix, limits, verdicts)
             while first < len(tests) and verdicts[first] is not None:
                 first += 1
@@ -398,7 +333,8 @@ class Sandbox:
             job = {"code": code, "tests": tests, "prefix": prefix, "first": first, "prepare": prepare}
             # The judge's own limits only keep a test from hanging: processor time is measured at the program.
             judge_limits = Limits(10 * limits.seconds + 10, limits.memory_bytes, limits.num_processes, limits.file_bytes)
-            processes.append(self._spawn(job, judge_limits, judge_scratch, num_tests, judge=True, stdout=write, channel=ours.fileno()))
+            judge = self._spawn(job, judge_limits, judge_scratch, num_tests, judge=True, stdout=write, channel=ours.fileno())
+            processes.append(judge)
             ours.close(), theirs.close(), os.close(write)
             write = None
             self._watch_functions(*processes, read, first, verdicts)
@@ -419,12 +355,14 @@ class Sandbox:
             if ready:
                 part = os.read(read, 1 << 16)
                 if not part:  # a test has ended the judge
+                    judge.check_started()
                     verdicts[current] = Verdict(False, "the test ended its judge")
                     return
                 buffer += part
                 *lines, buffer = buffer.split(b"\n")
                 for message in map(json.loads, lines):
                     if "failed" in message:
+                        program.check_started()
                         verdicts[first:] = [Verdict(False, message["failed"])] * (len(verdicts) - first)
                         return
                     if "test" in message:
@@ -455,25 +393,6 @@ def _drain(fd: int, num_bytes: int) -> bytes:
         parts.append(part)
         num_bytes -= len(part)
     return b"".join(parts)
-
-
-def _parse(text: str) -> ast.Module | None:
-    try:
-        return ast.parse(text)
-    except (SyntaxError, ValueError, RecursionError, MemoryError):
-        return None
-
-
-def _num_threads_of_user() -> int:
-    own, total = os.geteuid(), 0
-    for name in os.listdir("/proc"):
-        if name.isdigit():
-            try:
-                if os.stat(f"/proc/{name}").st_uid == own:
-                    total += len(os.listdir(f"/proc/{name}/task"))
-            except OSError:
-                continue  # ended meanwhile
-    return total
 
 
 # ---- one job of reward/worker_pool.py ------------------------------------------------------------------------------------

@@ -103,8 +103,8 @@ def hide_memory() -> None:
 def python_folders() -> list[str]:
     """Where this interpreter, its libraries and its packages are."""
     found = [sys.prefix, sys.base_prefix, sys.exec_prefix, os.path.dirname(os.path.realpath(sys.executable))]
-    found += [path for path in sys.path if path and os.path.isdir(path)]
-    return found
+    own = Path(__file__).resolve()  # an editable installation puts this repository on the path, with data/ in it
+    return found + [path for path in sys.path if path and os.path.isdir(path) and not own.is_relative_to(os.path.realpath(path))]
 
 
 def _top_folders(paths: list[str]) -> list[str]:

@@ -19,6 +19,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import socket
 import sys
@@ -216,6 +217,7 @@ def run_init(settings: dict, fds: list[int], plain: bool) -> None:
             if plain:
                 signal.signal(signal.SIGTERM, signal.SIG_IGN)
                 kill_all_below()
+                shutil.rmtree(settings["scratch"], ignore_errors=True)  # here too: the parent may have been killed
             os.write(status, str(code).encode())
         finally:
             os._exit(0)

@@ -26,7 +26,8 @@ MAX_MESSAGE_BYTES = 64 << 20
 MAX_DEPTH = 100
 BIG = 1 << 63
 SCALARS = {type(None), bool, str}
-TYPES_BY_NAME = {t.__name__: t for t in (int, float, bool, str, bytes, list, tuple, set, frozenset, dict, complex, object, type(None))}
+TYPES = (int, float, bool, str, bytes, list, tuple, set, frozenset, dict, complex, object, type(None))
+TYPES_BY_NAME = {t.__name__: t for t in TYPES}
 DATETIMES = {t.__name__: t for t in (datetime.datetime, datetime.date, datetime.time)}
 
 
@@ -198,8 +199,8 @@ def _encoder_of_kin(value: Any) -> Callable[[Codec, Any, int], Any] | None:
 
 def _as_base(base: type, value: Any) -> Any:
     if base in (int, float, complex, str, bytes):  # the value itself, not what its __int__ or __str__ makes of it
-        plain = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__, bytes: lambda b: bytes.join(b"", [b])}
-        return plain[base](value)
+        plain = {int: int.__pos__, float: float.__pos__, complex: complex.__pos__, str: str.__str__}
+        return plain[base](value) if base is not bytes else bytes.join(b"", [value])
     return dict(dict.items(value)) if base is dict else base(base.__iter__(value))
 
 

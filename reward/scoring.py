@@ -52,7 +52,7 @@ class Scorer:
 
     def __init__(self, config: Config, tasks_by_id: Mapping[str, Task], tokenizer: Any, decoding: Decoding | None = None) -> None:
         """`tasks_by_id` is read at every `score` and may grow. `decoding`: config.rollout (default) or config.evaluation, whose
-        `max_token` the length rule counts from; `reward.overlong_margin: -1` switches that rule off (responses as short as
+        `max_token` the length rule counts from; `reward.overlong_margin: null` switches that rule off (responses as short as
         those of the tiny tasks may fill `max_token` rightly)."""
         low, high = config.reward.keep_solve_rate if len(config.reward.keep_solve_rate) == 2 else (1, 0)
         if not 0 <= low <= high <= 1:

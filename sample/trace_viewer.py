@@ -207,7 +207,8 @@ def tokenizer_candidates(rollouts_path: Path) -> list[str]:
 
 def _load_tokenizer(name: str, local_only: bool) -> Any:
     """From a directory, a hub name (from the hub's cache alone if `local_only`), or the reserved name of the tiny model."""
-    from models.checkpoint import TINY_RANDOM, load_tokenizer
+    from models.checkpoint import load_tokenizer
+    from models.family import TINY_RANDOM
 
     if name == TINY_RANDOM:
         from models.tiny import tiny_tokenizer

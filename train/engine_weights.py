@@ -42,9 +42,11 @@ class EngineWeights:
 
         pairs = list(zip(parts(self.trained), parts(self.decoder), strict=True))
         for source, target in pairs:  # one part at a time: no rank ever holds a third copy of the whole
-            with GatheredParameters(list(source.parameters())):
-                for name, parameter in target.named_parameters():
-                    parameter.copy_(source.get_parameter(name))
+            # Frozen weights (LoRA) are copied once.
+            moved = {name: p for name, p in source.named_parameters() if p.requires_grad or self.version is None}
+            with GatheredParameters(list(moved.values())):
+                for name, parameter in moved.items():
+                    target.get_parameter(name).copy_(parameter)
         self.version = version
 
 

@@ -21,7 +21,7 @@ PACK_SIZES = 8
 
 @dataclass
 class Tables:
-    """What a policy objective needs about every prediction of a batch, each float array [M]. None: as the trainer computes it now."""
+    """What a policy objective needs about every prediction of a batch, each float array [M]. None: as the trainer has it now."""
 
     advantages: np.ndarray
     weights: np.ndarray
@@ -49,7 +49,7 @@ class Tables:
         )
 
     def diagnose(self, x: ObjectiveInput, outputs: tuple[Tensor, ...]) -> Measures:
-        """Entropy, and how far the engine's log-probs were from the trainer's: rounding only, if what is trained is what was sampled."""
+        """Entropy, and how far engine and trainer log-probs are apart: rounding only, if what is trained is what was sampled."""
         measures = Measures({"entropy": outputs[1].sum()})
         if self.engine_logprobs is not None:
             gap = x.old_logprobs - x.engine_logprobs

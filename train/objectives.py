@@ -73,7 +73,9 @@ def kl_estimate(logprobs: Tensor, other: Tensor, k3: bool) -> Tensor:
 
 @OBJECTIVES.register("clipped")
 def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
-    """The clipped surrogate of TraceRL (arXiv 2509.06949): minimise -sum w min(rho A, clip(rho, 1-eps, 1+eps_high) A) + beta sum w KL.
+    """The clipped surrogate of TraceRL (arXiv 2509.06949). Minimise
+
+        -sum w min(rho A, clip(rho, 1-eps, 1+eps_high) A) + beta sum w KL
 
     rho = exp(clamp(logp - logp_old, -10, 10)). With `importance_cap` c each token is weighted by min(pi_old / pi_engine, c): the
     rollouts were drawn by the engine, whose numbers differ from the trainer's by rounding.

@@ -1,4 +1,7 @@
-"""Optimizer and learning rate. bfloat16 weights always train under DeepSpeed, which keeps their float32 master copies (common/dist.py)."""
+"""Optimizer and learning rate.
+
+bfloat16 weights always train under DeepSpeed, which keeps their float32 master copies (common/dist.py).
+"""
 
 from __future__ import annotations
 

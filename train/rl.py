@@ -56,7 +56,12 @@ class PolicyUpdate:
     """Updates the policy from scored rollouts. Holds the trainer, and the frozen reference model where KL is held to one."""
 
     def __init__(
-        self, trainer: Trainer, config: Any, fill_id: int, reference: Pretrained | None = None, value: ValueUpdate | SharedValueUpdate | None = None
+        self,
+        trainer: Trainer,
+        config: Any,
+        fill_id: int,
+        reference: Pretrained | None = None,
+        value: ValueUpdate | SharedValueUpdate | None = None,
     ) -> None:
         """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one; value: the critic, if any."""
         self.trainer, self.config, self.fill_id, self.value = trainer, config, fill_id, value
@@ -88,7 +93,7 @@ class PolicyUpdate:
         return documents
 
     def __call__(self, rollouts: list[ScoredRollout], step: int) -> dict[str, float]:
-        """All updates of RL step `step` (from 1) on `rollouts` (those that are trained, of all ranks, the same list on every rank)."""
+        """All updates of RL step `step` (from 1) on `rollouts`: those that are trained, of all ranks, the same list on each."""
         training = self.config.training
         documents = self.documents(rollouts, step)
         if not documents:

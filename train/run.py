@@ -152,7 +152,7 @@ class Run:
             yield
 
     def finish_step(self, metrics: dict[str, float], extra: dict[str, Any]) -> None:
-        """Count the step, log it, and keep what has to be kept: metrics first, the state last, so that a kill between loses nothing."""
+        """Count the step, log it, and keep what has to be kept. Metrics first, the state last: a kill between loses nothing."""
         experiment = self.config.experiment
         self.step += 1
         is_last = self.step == self.total_steps
@@ -185,12 +185,9 @@ class Run:
             self.metrics.close()
 
 
-
-
 def set_numerics(config: Any, device: torch.device) -> None:
     """Precision of float32 products, and threads."""
     torch.set_float32_matmul_precision("high" if config.training.enable_tf32 and device.type == "cuda" else "highest")
     if device.type == "cpu":
         # Small models gain nothing from a second thread, and lose much where processes share the cores.
         torch.set_num_threads(1)
-

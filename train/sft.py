@@ -166,7 +166,8 @@ class SFTRun:
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()
-        if training.stop_at_solve_rate is not None and results[0].accuracy >= training.stop_at_solve_rate:
+        accuracy = results[0].accuracy or 0.0
+        if training.stop_at_solve_rate is not None and accuracy >= training.stop_at_solve_rate:
             self.is_solved = True
             self.run.total_steps = step
 

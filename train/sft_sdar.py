@@ -1,6 +1,7 @@
-"""Supervised finetuning of SDAR.
+r"""Supervised finetuning of SDAR.
 
-    accelerate launch --config_file accelerate_configs/1_node_8_gpus_deepspeed_zero3.yaml train/sft_sdar.py config=configs/sft_sdar.yaml
+    accelerate launch --config_file accelerate_configs/1_node_8_gpus_deepspeed_zero3.yaml \
+        train/sft_sdar.py config=configs/sft_sdar.yaml
     python train/sft_sdar.py config=configs/sft_sdar.yaml
 """
 

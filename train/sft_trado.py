@@ -1,6 +1,7 @@
-"""Supervised finetuning of TraDo.
+r"""Supervised finetuning of TraDo.
 
-    accelerate launch --config_file accelerate_configs/1_node_8_gpus_deepspeed_zero3.yaml train/sft_trado.py config=configs/sft_trado.yaml
+    accelerate launch --config_file accelerate_configs/1_node_8_gpus_deepspeed_zero3.yaml \
+        train/sft_trado.py config=configs/sft_trado.yaml
     python train/sft_trado.py config=configs/sft_trado.yaml
 """
 

@@ -1,6 +1,6 @@
 """A value head on the policy's own trunk (`model.value_shared`): one model, one optimizer step, two losses.
 
-    loss = policy loss + training.value_loss_weight * value loss
+loss = policy loss + training.value_loss_weight * value loss
 """
 
 from __future__ import annotations

@@ -98,7 +98,9 @@ def lay_out(response: Response, block_size: int) -> Grid:
     """The blocks that hold response tokens. Raises UserError where prompt and response do not fill whole blocks."""
     prompt, length = len(response.prompt_ids), len(response.response_ids)
     if (prompt + length) % block_size:
-        raise UserError(f"a response ends inside a block (prompt {prompt} + response {length} tokens, block size {block_size}): pad it")
+        raise UserError(
+            f"a response ends inside a block (prompt {prompt} + response {length} tokens, block size {block_size}): pad it"
+        )
     first = prompt // block_size
     num_blocks = (prompt + length) // block_size - first
     position = np.arange(num_blocks * block_size).reshape(num_blocks, block_size) + first * block_size - prompt

@@ -9,8 +9,8 @@ import dataclasses
 from typing import Any
 
 from common.errors import UserError
-from models.family import FAMILIES, DecoderConfig, Family
 from models.families.qwen import qwen_pieces
+from models.family import FAMILIES, DecoderConfig, Family
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:

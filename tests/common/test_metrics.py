@@ -69,6 +69,7 @@ def test_rollout_metrics_by_hand():
         "rollout/reward": (1 - 1 + 0.5 + 0.5 + 0 + 0) / 6,
         "rollout/response_length": (4 + 9 + 1 + 1 + 1 + 1) / 6,
         "rollout/response_length_max": 9,
+        "rollout/num_tokens": 4 + 9 + 1 + 1 + 1 + 1,
         "rollout/cut_off_share": 1 / 6,
         "rollout/tokens_per_forward": (5 + 5 + 4) / (3 + 5 + 4),
         "rollout/solve_rate": 2 / 3,

@@ -30,7 +30,9 @@ def unsupported(root: Path, top: Path) -> list[SetResult]:
     """One line per case file of a part that nothing checks yet."""
     files = sorted({p.with_suffix("") for p in top.rglob("*") if p.suffix in (".json", ".safetensors")})
     skip = {"config", "generation_config", "model", "tokenizer", "tokenizer_config", "special_tokens_map"}
-    return [SetResult(str(f.relative_to(root)), "UNSUPPORTED", 0, 0.0, 0.0, ["not supported yet"]) for f in files if f.name not in skip]
+    return [
+        SetResult(str(f.relative_to(root)), "UNSUPPORTED", 0, 0.0, 0.0, ["not supported yet"]) for f in files if f.name not in skip
+    ]
 
 
 def check_objective(root: Path, top: Path) -> list[SetResult]:
@@ -62,7 +64,9 @@ CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
     root = arguments.folder

@@ -1,4 +1,4 @@
-"""objective/<family>: RL rows, log-probs, losses, gradients and several AdamW steps of the reference, reproduced from packed traces.
+"""objective/<family>: the reference's RL rows, log-probs, losses, gradients and AdamW steps, reproduced from packed traces.
 
 One set per case. What is compared: for every row its trained tokens, the log-probs of both policies there and its loss; the sum of
 gradients; for the multi-step case the losses, gradient norms and final weights. Cases whose name starts with `optional_` describe
@@ -194,7 +194,9 @@ def check_case(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
         row_losses.append(loss.item())
     ours = torch.tensor(row_losses, dtype=torch.float64)
     scale = float(theirs.abs().sum())
-    worst = max(worst, float((ours - theirs).abs().max()) / (LOSS * scale), abs(float(ours.sum() - tensors["loss_sum"])) / (LOSS * scale))
+    worst = max(
+        worst, float((ours - theirs).abs().max()) / (LOSS * scale), abs(float(ours.sum() - tensors["loss_sum"])) / (LOSS * scale)
+    )
     worst = max([worst, *gradient_errors(checker.new, tensors)])
     new.zero_grad(set_to_none=False)
     # One batch of all rows: global normalisation must give their mean.

@@ -95,8 +95,8 @@ def check_code_stdio(path: str, cases: list[dict[str, Any]]) -> SetResult:
         if expected is None:
             text, times = case["expected_output_repeat"]
             expected = text * times
-        fields = {"test_method": "stdio", "test_input": [case["input"]], "test_output": [expected], "test_time_limit": SCRIPT_SECONDS}
-        programs.append((case["code"], fields))
+        fields = {"test_method": "stdio", "test_input": [case["input"]], "test_output": [expected]}
+        programs.append((case["code"], {**fields, "test_time_limit": SCRIPT_SECONDS}))
     return _compare_verdicts(path, cases, programs, [[case["human_pass"]] for case in cases])
 
 

@@ -80,7 +80,11 @@ class ValueChecker:
             loss.backward()
             losses.append(loss.item())
         ours, scale = torch.tensor(losses, dtype=torch.float64), float(theirs.abs().sum())
-        worst = max(worst, float((ours - theirs).abs().max()) / (LOSS * scale), abs(float(ours.sum() - tensors["loss_sum"])) / (LOSS * scale))
+        worst = max(
+            worst,
+            float((ours - theirs).abs().max()) / (LOSS * scale),
+            abs(float(ours.sum() - tensors["loss_sum"])) / (LOSS * scale),
+        )
         worst = max(worst, abs(float(ours.mean() - tensors["loss_mean"])) / (LOSS * float(theirs.abs().mean())))
         worst = max(worst, *self.gradient_errors(tensors))
         self.new.decoder.embed.padding_idx = None

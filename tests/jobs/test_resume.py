@@ -117,7 +117,7 @@ SLOW = {
     ],
     "third": ["rollout:2", "rollout:5", "scored_not_written:5", "evaluation:4", "checkpoint_half_written:4", "state_begun:6"],
     "sft": ["update:4", "evaluation:4", "checkpoint_half_written:3", "state_begun:4"],
-    "value": ["rollout:4", "update:3", "updated:4", "checkpoint_half_written:6", "state_without_counters:4"],
+    "value": ["rollout:4", "update:3", "updated:5", "checkpoint_half_written:6", "state_without_counters:4"],
 }
 CASES = [
     *[(variant, place) for variant, places in QUICK.items() for place in places],

@@ -12,7 +12,9 @@ from tests.train.test_packing import random_documents
 from train.packing import build_pack, number
 from train.policy import Policy
 
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="FlexAttention has a backward on CUDA only, and there is no GPU")
+needs_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="FlexAttention has a backward on CUDA only, and there is no GPU"
+)
 
 
 def random_ids(num_documents=4, block_size=4, seed=0):

@@ -74,7 +74,7 @@ def test_same_output(output, expected, equal):
     assert same_output(output, expected) == equal
 
 
-FUNCTION = {"question": "?", "test_method": "function", "test_list": ["assert f(1) == 1"], "prefix": "def f(x):", "test_time_limit": 2}
+FUNCTION = {"question": "?", "test_method": "function", "test_list": ["assert f(1) == 1"], "prefix": "def f(x):"}
 STDIO = {"question": "?", "test_method": "stdio", "test_input": ["1\n"], "test_output": ["1\n"], "test_time_limit": 2}
 
 
@@ -83,7 +83,7 @@ STDIO = {"question": "?", "test_method": "stdio", "test_input": ["1\n"], "test_o
     [
         (FUNCTION, None),
         (STDIO, None),
-        ({k: v for k, v in FUNCTION.items() if k not in ("prefix", "test_time_limit")}, None),
+        ({k: v for k, v in FUNCTION.items() if k != "prefix"}, None),
         ({**FUNCTION, "test_method": "both"}, "field 'test_method' is 'both', wanted function or stdio"),
         ({"question": "?"}, "field 'test_method' is missing"),
         ({**FUNCTION, "test_list": []}, "field 'test_list' is empty"),
@@ -121,7 +121,9 @@ def rollout(task_id="a", sample=0, length=3):
 
 ADD = Task("a", "Add.", fields={"test_method": "function", "test_list": [f"assert add({n}, 1) == {n + 1}" for n in range(4)]})
 DOUBLE = Task(
-    "b", "Double.", fields={"test_method": "stdio", "test_input": ["1\n", "-2\n"], "test_output": ["2\n", "-4\n"], "test_time_limit": 2}
+    "b",
+    "Double.",
+    fields={"test_method": "stdio", "test_input": ["1\n", "-2\n"], "test_output": ["2\n", "-4\n"], "test_time_limit": 2},
 )
 
 

@@ -5,7 +5,7 @@ import ast
 import pytest
 
 from reward.code_text import with_prefix
-from reward.function_judge import split_names
+from reward.function_names import split_names
 from reward.sandbox import Limits, Sandbox
 
 
@@ -22,74 +22,197 @@ def run(sandbox, code, *tests, prefix="", seconds=5.0):
 
 CASES = {
     "values": (
-        "import collections, decimal, fractions, datetime\nP = collections.namedtuple('P', 'x y')\ndef same(x): return x\n"
-        "def kinds():\n    return [None, True, 1, 2**200, -1.5, 'a\\ud800', b'\\xff', (1, [2]), {1, 2}, frozenset({3}), {(1, 2): {'a': []}}, 2j, ..., range(3)]\n"
-        "def more(): return [P(1, 2), collections.Counter('aab'), collections.deque([1]), collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]),\n"
-        "    decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.date(2024, 1, 2), datetime.timedelta(1)]",
+        r"""
+import collections, decimal, fractions, datetime
+P = collections.namedtuple('P', 'x y')
+def same(x): return x
+def kinds():
+    return [None, True, 1, 2**200, -1.5, 'a\ud800', b'\xff', (1, [2]), {1, 2}, frozenset({3}), {(1, 2): {'a': []}}, 2j, ...,
+            range(3)]
+def more():
+    return [P(1, 2), collections.Counter('aab'), collections.deque([1]),
+    collections.OrderedDict(a=1), collections.defaultdict(list, a=[1]),
+    decimal.Decimal('1.10'), fractions.Fraction(1, 3), datetime.date(2024, 1, 2), datetime.timedelta(1)]
+""",
         [
-            "assert kinds() == [None, True, 1, 2**200, -1.5, 'a\\ud800', b'\\xff', (1, [2]), {1, 2}, frozenset({3}), {(1, 2): {'a': []}}, 2j, ..., range(3)]",
-            "assert [type(v) for v in kinds()][:4] == [type(None), bool, int, int]",
+            r"""
+assert kinds() == [None, True, 1, 2**200, -1.5,
+    'a\ud800', b'\xff', (1, [2]), {1, 2}, frozenset({3}), {(1, 2): {'a': []}}, 2j, ..., range(3)]
+""",
+            'assert [type(v) for v in kinds()][:4] == [type(None), bool, int, int]',
             "assert same({1: (2, {3}), 'x': [b'y', 2**70]}) == {1: (2, {3}), 'x': [b'y', 2**70]}",
-            "v = more()\nassert v[0] == (1, 2) and v[1] == {'a': 2, 'b': 1} and list(v[2]) == [1] and v[3] == {'a': 1} and v[4] == {'a': [1]}",
-            "import datetime, decimal, fractions\nassert more()[5:] == [decimal.Decimal('1.1'), fractions.Fraction(1, 3), datetime.date(2024, 1, 2), datetime.timedelta(1)]",
-            "assert same(list(range(100000))) == list(range(100000)) and same(float('inf')) > 1e308 and same(int) is int",
+            r"""
+v = more()
+assert v[0] == (1, 2) and v[1] == {'a': 2, 'b': 1}
+assert list(v[2]) == [1] and v[3] == {'a': 1} and v[4] == {'a': [1]}
+""",
+            r"""
+import datetime, decimal, fractions
+assert more()[5:] == [
+    decimal.Decimal('1.1'), fractions.Fraction(1, 3), datetime.date(2024, 1, 2), datetime.timedelta(1)]
+""",
+            r"""
+assert same(list(range(100000))) == list(range(100000)) and same(float('inf')) > 1e308 and same(int) is int
+""",
             "assert str(same(1e22)) == '1e+22' and same(0.1) + 0.2 != 0.3",
         ],
     ),
     "arguments changed in place": (
-        "def move(nums, d):\n    nums.sort()\n    d['n'] = len(nums)",
-        ["a = [3, 1, 2]; d = {}; move(a, d); assert a == [1, 2, 3] and d == {'n': 3}", "assert move(a, d=d) is None and a == [1, 2, 3]"],
+        r"""
+def move(nums, d):
+    nums.sort()
+    d['n'] = len(nums)
+""",
+        [
+            "a = [3, 1, 2]; d = {}; move(a, d); assert a == [1, 2, 3] and d == {'n': 3}",
+            'assert move(a, d=d) is None and a == [1, 2, 3]',
+        ],
     ),
     "objects": (
-        "class Stack:\n    size = 0\n    def __init__(self): self.items = []\n    def push(self, x): self.items.append(x); self.size += 1; return self\n"
-        "    def __len__(self): return self.size\n    def __iter__(self): return iter(self.items)\n    def __getitem__(self, n): return self.items[n]\n"
-        "    def __enter__(self): return self\n    def __exit__(self, *a): self.items.clear()\n"
-        "class V:\n    def __init__(self, x, y): self.x, self.y = x, y\n    def __eq__(self, o): return (self.x, self.y) == (o.x, o.y)\n"
-        "    def __add__(self, o): return V(self.x + o.x, self.y + o.y)\n    def __mul__(self, k): return V(self.x * k, self.y * k)\n"
-        "    def __repr__(self): return f'V({self.x}, {self.y})'\n    def __lt__(self, o): return self.x < o.x\n    def __hash__(self): return 1",
+        r"""
+class Stack:
+    size = 0
+    def __init__(self): self.items = []
+    def push(self, x): self.items.append(x); self.size += 1; return self
+    def __len__(self): return self.size
+    def __iter__(self): return iter(self.items)
+    def __getitem__(self, n): return self.items[n]
+    def __enter__(self): return self
+    def __exit__(self, *a): self.items.clear()
+class V:
+    def __init__(self, x, y): self.x, self.y = x, y
+    def __eq__(self, o): return (self.x, self.y) == (o.x, o.y)
+    def __add__(self, o): return V(self.x + o.x, self.y + o.y)
+    def __mul__(self, k): return V(self.x * k, self.y * k)
+    def __repr__(self): return f'V({self.x}, {self.y})'
+    def __lt__(self, o): return self.x < o.x
+    def __hash__(self): return 1
+""",
         [
-            "s = Stack(); s.push(1).push(2)\nassert len(s) == 2 and list(s) == [1, 2] and s[1] == 2 and 2 in s and 3 not in s",
-            "assert s.items == [1, 2] and s.size == 2 and isinstance(s, Stack) and not isinstance(s, V) and s",
-            "s.size = 7; assert s.size == 7",
-            "with Stack() as t:\n    t.push(1)\n    assert t[0] == 1\nassert list(t) == []",
-            "assert V(1, 2) == V(1, 2) and V(1, 2) != V(1, 3) and V(1, 2) + V(1, 1) == V(2, 3) and V(1, 2) * 2 == V(2, 4)",
-            "assert repr(V(1, 2)) == 'V(1, 2)' and f'{V(1, 2)}' == 'V(1, 2)' and sorted([V(3, 0), V(1, 0)])[0].x == 1",
+            r"""
+s = Stack(); s.push(1).push(2)
+assert len(s) == 2 and list(s) == [1, 2] and s[1] == 2 and 2 in s and 3 not in s
+""",
+            'assert s.items == [1, 2] and s.size == 2 and isinstance(s, Stack) and not isinstance(s, V) and s',
+            's.size = 7; assert s.size == 7',
+            r"""
+with Stack() as t:
+    t.push(1)
+    assert t[0] == 1
+assert list(t) == []
+""",
+            r"""
+assert V(1, 2) == V(1, 2) and V(1, 2) != V(1, 3) and V(1, 2) + V(1, 1) == V(2, 3) and V(1, 2) * 2 == V(2, 4)
+""",
+            r"""
+assert repr(V(1, 2)) == 'V(1, 2)' and f'{V(1, 2)}' == 'V(1, 2)' and sorted([V(3, 0), V(1, 0)])[0].x == 1
+""",
             "assert {V(1, 2): 5} and callable(V) and hasattr(s, 'push') and not hasattr(s, 'pull')",
         ],
     ),
     "functions as arguments and results": (
-        "def apply(f, xs): return [f(x) for x in xs]\ndef adder(n): return lambda x: x + n\ndef gen(n):\n    for i in range(n): yield i * i\n"
-        "def fold(f, xs, start=0):\n    for x in xs: start = f(start, x)\n    return start",
+        r"""
+def apply(f, xs): return [f(x) for x in xs]
+def adder(n): return lambda x: x + n
+def gen(n):
+    for i in range(n): yield i * i
+def fold(f, xs, start=0):
+    for x in xs: start = f(start, x)
+    return start
+""",
         [
-            "assert apply(lambda x: x * 2, [1, 2]) == [2, 4] and apply(str, [1]) == ['1'] and apply(len, ['ab']) == [2]",
-            "assert adder(2)(3) == 5 and list(map(adder(1), [1, 2])) == [2, 3] and apply(adder(5), [1]) == [6]",
-            "assert list(gen(4)) == [0, 1, 4, 9] and sum(gen(3)) == 5 and next(iter(gen(2))) == 0",
-            "assert fold(lambda a, x: a * x, [2, 3], start=1) == 6",
-            "def check(candidate):\n    assert candidate(2)(1) == 3\n    for n in range(3):\n        assert candidate(n)(0) == n\ncheck(adder)",
+            r"""
+assert apply(lambda x: x * 2, [1, 2]) == [2, 4] and apply(str, [1]) == ['1'] and apply(len, ['ab']) == [2]
+""",
+            'assert adder(2)(3) == 5 and list(map(adder(1), [1, 2])) == [2, 3] and apply(adder(5), [1]) == [6]',
+            'assert list(gen(4)) == [0, 1, 4, 9] and sum(gen(3)) == 5 and next(iter(gen(2))) == 0',
+            'assert fold(lambda a, x: a * x, [2, 3], start=1) == 6',
+            r"""
+def check(candidate):
+    assert candidate(2)(1) == 3
+    for n in range(3):
+        assert candidate(n)(0) == n
+check(adder)
+""",
         ],
     ),
     "exceptions": (
-        "class MyError(ValueError): pass\ndef f(x):\n    if x < 0: raise MyError('negative')\n    if x == 0: raise ZeroDivisionError\n    return {}[x]",
+        r"""
+class MyError(ValueError): pass
+def f(x):
+    if x < 0: raise MyError('negative')
+    if x == 0: raise ZeroDivisionError
+    return {}[x]
+""",
         [
-            "try:\n    f(-1)\n    assert False\nexcept MyError as e:\n    assert str(e) == 'negative'",
-            "try:\n    f(-1)\n    assert False\nexcept ValueError:\n    pass",
-            "try:\n    f(0)\n    assert False\nexcept (TypeError, ZeroDivisionError):\n    pass",
-            "import pytest\nwith pytest.raises(KeyError):\n    f(3)",
+            r"""
+try:
+    f(-1)
+    assert False
+except MyError as e:
+    assert str(e) == 'negative'
+""",
+            r"""
+try:
+    f(-1)
+    assert False
+except ValueError:
+    pass
+""",
+            r"""
+try:
+    f(0)
+    assert False
+except (TypeError, ZeroDivisionError):
+    pass
+""",
+            r"""
+import pytest
+with pytest.raises(KeyError):
+    f(3)
+""",
         ],
     ),
     "modules that the program imported": (
-        "import math\nfrom collections import Counter\nimport numpy as np\ndef f(x): return x / 3\ndef g(): return np.arange(3)\ndef h(): return np.float64(0.5), np.int32(3)",
+        r"""
+import math
+from collections import Counter
+import numpy as np
+def f(x): return x / 3
+def g(): return np.arange(3)
+def h(): return np.float64(0.5), np.int32(3)
+""",
         [
-            "assert math.isclose(f(1), 1 / 3) and abs(f(2) - 0.666666) < 1e-3",
-            "assert Counter([1, 1]) == {1: 2}",
-            "assert (g() == np.array([0, 1, 2])).all() and np.allclose(g(), [0, 1, 2]) and g().tolist() == [0, 1, 2] and h() == (0.5, 3)",
+            'assert math.isclose(f(1), 1 / 3) and abs(f(2) - 0.666666) < 1e-3',
+            'assert Counter([1, 1]) == {1: 2}',
+            r"""
+assert (g() == np.array([0, 1, 2])).all() and np.allclose(g(), [0, 1, 2]) and g().tolist() == [0, 1, 2] and h() == (0.5, 3)
+""",
         ],
     ),
     "globals of the program": (
-        "MOD = 10\ncount = 0\ndef f():\n    global count\n    count += 1\n    return MOD",
-        ["assert f() == MOD and count == 0", "assert count == 1", "f(); f()", "assert count == 3"],
+        r"""
+MOD = 10
+count = 0
+def f():
+    global count
+    count += 1
+    return MOD
+""",
+        [
+            'assert f() == MOD and count == 0',
+            'assert count == 1',
+            'f(); f()',
+            'assert count == 3',
+        ],
     ),
-    "a builtin as what is tested": ("def sum(a, b): return a * b", ["assert sum(3, 4) == 12", "assert abs(sum(3, -4)) == 12"]),
+    "a builtin as what is tested": (
+        'def sum(a, b): return a * b',
+        [
+            'assert sum(3, 4) == 12',
+            'assert abs(sum(3, -4)) == 12',
+        ],
+    ),
 }
 
 
@@ -105,7 +228,8 @@ def test_right_programs_pass(sandbox, name):
 def test_verdicts_are_of_each_test(sandbox):
     """A test that ends the program, hangs or fails does not touch its neighbours; what earlier tests set up is there again."""
     code = "import os\ndef f(x):\n    if x == 2: os._exit(0)\n    while x == 3: pass\n    return x"
-    tests = ["k = 1", "assert f(1) == k", "assert f(2) == 2", "assert f(4) == 4 * k", "assert f(3) == 3", "assert f(5) == 5 * k", "assert f(6) == 5"]
+    tests = ["k = 1", "assert f(1) == k", "assert f(2) == 2", "assert f(4) == 4 * k", "assert f(3) == 3", "assert f(5) == 5 * k"]
+    tests += ["assert f(6) == 5"]
     passed, notes = run(sandbox, code, *tests, seconds=0.5)
     assert passed == [True, True, False, True, False, True, False]
     assert "ended" in notes[2] and notes[4] == "time limit" and notes[6] == "AssertionError"
@@ -118,7 +242,8 @@ def test_the_time_limit_is_of_each_test(sandbox):
 
 def test_mistakes_in_tests_fail_them_alone(sandbox):
     passed, notes = run(sandbox, "def f(x): return x", "assert f(1) ==", "assert g(1) == 1", "assert f(1) == 1")
-    assert passed == [False, False, True] and notes[0].startswith("SyntaxError") and notes[1] == "NameError: name 'g' is not defined"
+    assert passed == [False, False, True]
+    assert notes[0].startswith("SyntaxError") and notes[1] == "NameError: name 'g' is not defined"
 
 
 def names(code, tests, prefix=""):

@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -102,12 +103,26 @@ def results(request, tmp_path_factory):
 
 
 HELPERS = {
-    "isinstance, len and isclose defined": "def isinstance(*a): return True\ndef len(x): return 8472\ndef abs(x): return 0\n"
-    "class math:\n    isclose = staticmethod(lambda *a: True)\ndef f(x): return 1",
-    "math replaced": "import math, sys\nmath.isclose = lambda *a, **k: True\nmath = type('math', (), {'isclose': math.isclose})\ndef f(x): return 1",
-    "always equal": hostile.ALWAYS_EQUAL + "\ndef f(x): return Yes()",
-    "ANY under the name": "from unittest.mock import ANY, MagicMock as f",
-    "endless iterator": "def f(x):\n    while True: yield 1",
+    "isinstance, len and isclose defined": r"""
+def isinstance(*a): return True
+def len(x): return 8472
+def abs(x): return 0
+class math:
+    isclose = staticmethod(lambda *a: True)
+def f(x): return 1
+""",
+    "math replaced": r"""
+import math, sys
+math.isclose = lambda *a, **k: True
+math = type('math', (), {'isclose': math.isclose})
+def f(x): return 1
+""",
+    "always equal": hostile.ALWAYS_EQUAL + 'def f(x): return Yes()',
+    "ANY under the name": 'from unittest.mock import ANY, MagicMock as f',
+    "endless iterator": r"""
+def f(x):
+    while True: yield 1
+""",
 }
 NAMES = (
     [f"function: {n}" for n in [*hostile.FUNCTION, *hostile.EXPENSIVE_FUNCTION]]
@@ -158,6 +173,7 @@ def _parent(pid):
 def test_programs_end_with_a_parent_that_is_killed(tmp_path, use_namespaces):
     """SIGKILL of the process that scores, in the middle of a program with children."""
     code = "import os, time\nos.fork()\nos.fork()\nwhile True: time.sleep(1)"
+    folders = set(Path(tempfile.gettempdir()).glob("unmask-*"))
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from reward.sandbox import Limits, Sandbox
@@ -176,27 +192,96 @@ sandbox.run_script({code!r}, '', Limits(60))
     while any(map(is_alive, pids)) and time.monotonic() < end:
         time.sleep(0.02)
     assert not [pid for pid in pids if is_alive(pid)]
+    assert set(Path(tempfile.gettempdir()).glob("unmask-*")) <= folders
 
 
 RIGHT_SCRIPTS = {
-    "memory": "kept = bytearray(200 << 20)\nfor i in range(0, len(kept), 4096): kept[i] = 1\nprint(8472)",
-    "recursion": "import sys\nsys.setrecursionlimit(5000 + 50)\ndef f(n): return 0 if n == 0 else 1 + f(n - 1)\nprint(f(5000) + 3472)",
-    "deep recursion in a thread": "import sys, threading\nsys.setrecursionlimit(10**6)\nthreading.stack_size(1 << 27)\n"
-    "def f(n): return 0 if n == 0 else 1 + f(n - 1)\ndef main(): print(f(50000) - 41528)\nt = threading.Thread(target=main)\nt.start()\nt.join()",
-    "threads": "import threading\nr = []\nts = [threading.Thread(target=r.append, args=(1,)) for _ in range(32)]\n"
-    "[t.start() for t in ts]\n[t.join() for t in ts]\nprint(8440 + sum(r))",
-    "processes": "import multiprocessing\ndef f(x): return x * x\nif __name__ == '__main__':\n    with multiprocessing.Pool(3) as p:\n"
-    "        print(sum(p.map(f, range(5))) + 8442)",
-    "a subprocess": "import subprocess, sys\nprint(int(subprocess.check_output([sys.executable, '-c', 'print(8472)'])))",
-    "files": "with open('x.txt', 'w') as f: f.write('8472')\nimport tempfile\nwith tempfile.TemporaryFile() as g: g.write(b'x')\nprint(open('x.txt').read())",
-    "dataclass": "from __future__ import annotations\nfrom dataclasses import dataclass\n@dataclass\nclass P:\n    x: int\nprint(P(8472).x)",
-    "asyncio": "import asyncio\nasync def f():\n    await asyncio.sleep(0.01)\n    return 8472\nprint(asyncio.run(f()))",
-    "output at exit": "import atexit, sys\natexit.register(print, 8472)\nsys.exit()",
-    "os._exit behind a flush": "import os\nprint(8472, flush=True)\nos._exit(0)",
-    "exec of __main__": "import sys\nassert __name__ == '__main__' and sys.modules['__main__'].__dict__ is globals()\nprint(8472)",
-    "stdout replaced": "import io, sys\nsys.stdout = io.TextIOWrapper(sys.stdout.buffer, line_buffering=True)\nprint(8472)",
+    "memory": r"""
+kept = bytearray(200 << 20)
+for i in range(0, len(kept), 4096): kept[i] = 1
+print(8472)
+""",
+    "recursion": r"""
+import sys
+sys.setrecursionlimit(5000 + 50)
+def f(n): return 0 if n == 0 else 1 + f(n - 1)
+print(f(5000) + 3472)
+""",
+    "deep recursion in a thread": r"""
+import sys, threading
+sys.setrecursionlimit(10**6)
+threading.stack_size(1 << 27)
+def f(n): return 0 if n == 0 else 1 + f(n - 1)
+def main(): print(f(50000) - 41528)
+t = threading.Thread(target=main)
+t.start()
+t.join()
+""",
+    "threads": r"""
+import threading
+r = []
+ts = [threading.Thread(target=r.append, args=(1,)) for _ in range(32)]
+[t.start() for t in ts]
+[t.join() for t in ts]
+print(8440 + sum(r))
+""",
+    "processes": r"""
+import multiprocessing
+def f(x): return x * x
+if __name__ == '__main__':
+    with multiprocessing.Pool(3) as p:
+        print(sum(p.map(f, range(5))) + 8442)
+""",
+    "a subprocess": r"""
+import subprocess, sys
+print(int(subprocess.check_output([sys.executable, '-c', 'print(8472)'])))
+""",
+    "files": r"""
+with open('x.txt', 'w') as f: f.write('8472')
+import tempfile
+with tempfile.TemporaryFile() as g: g.write(b'x')
+print(open('x.txt').read())
+""",
+    "dataclass": r"""
+from __future__ import annotations
+from dataclasses import dataclass
+@dataclass
+class P:
+    x: int
+print(P(8472).x)
+""",
+    "asyncio": r"""
+import asyncio
+async def f():
+    await asyncio.sleep(0.01)
+    return 8472
+print(asyncio.run(f()))
+""",
+    "output at exit": r"""
+import atexit, sys
+atexit.register(print, 8472)
+sys.exit()
+""",
+    "os._exit behind a flush": r"""
+import os
+print(8472, flush=True)
+os._exit(0)
+""",
+    "exec of __main__": r"""
+import sys
+assert __name__ == '__main__' and sys.modules['__main__'].__dict__ is globals()
+print(8472)
+""",
+    "stdout replaced": r"""
+import io, sys
+sys.stdout = io.TextIOWrapper(sys.stdout.buffer, line_buffering=True)
+print(8472)
+""",
     "unicode": "print(len('\\u00e4\\U0001f600') + 8470)",
-    "random is random": "import random, uuid\nprint(8472 if random.random() != random.random() else 0)",
+    "random is random": r"""
+import random, uuid
+print(8472 if random.random() != random.random() else 0)
+""",
 }
 BIG = " ".join(map(str, range(600_000)))
 READERS = {
@@ -223,7 +308,8 @@ def test_right_programs_pass(checker):
     try:
         import numpy  # noqa: F401
 
-        programs["numpy"] = script("import numpy as np\nprint(int(np.ones((300, 300)).dot(np.ones((300, 300)))[0, 0]) + 8172)", seconds=4)
+        code = "import numpy as np\na = np.ones((300, 300))\nprint(int(a.dot(a)[0, 0]) + 8172)"
+        programs["numpy"] = script(code, seconds=4)
     except ImportError:
         pass
     verdicts = dict(zip(programs, checker.check(list(programs.values()))))
@@ -251,7 +337,7 @@ def test_limits_say_what_happened(checker):
         assert sandbox.run_script("while True: print('x' * 10000)", "", limits).note == "output limit"
         assert sandbox.run_script("import sys\nsys.exit(3)", "", limits).note == "exit code 3"
         assert sandbox.run_script("import os\nos.fork()\nwhile True: pass", "", limits).note == "time limit"  # together
-        many = "import threading, time\nfor _ in range(50): threading.Thread(target=time.sleep, args=(9,)).start()"
+        many = "import threading, time\nfor _ in range(50): threading.Thread(target=time.sleep, args=(9,), daemon=True).start()"
         assert sandbox.run_script(many, "", limits).note in ("exit code 1", "processes limit")
 
 

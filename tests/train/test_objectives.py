@@ -13,7 +13,9 @@ from train.optim import schedule_factor
 
 
 def training(**changes):
-    return SimpleNamespace(**{"eps": 0.2, "eps_high": None, "beta": 0.0, "use_kl_estimator_k3": True, "importance_cap": None, **changes})
+    return SimpleNamespace(
+        **{"eps": 0.2, "eps_high": None, "beta": 0.0, "use_kl_estimator_k3": True, "importance_cap": None, **changes}
+    )
 
 
 def make(log_ratios, advantages, weights=None, engine_gap=0.0):

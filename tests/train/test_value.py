@@ -57,7 +57,9 @@ def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
     rollout = type(rollout)(**{**vars(rollout), "token_rewards": [0.25] * len(rollout.response_ids), "outcome": 3.0})
     response = as_response(rollout, 100, 4, 0)
     starts = np.array([0, len(response.response_ids)])
-    returns, advantages = token_returns([rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, training)
+    returns, advantages = token_returns(
+        [rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, training
+    )
     # Static unmasking reveals one token a step: the return of step t of n is 0.25 (n - t) + 3, the last token's own included.
     order = np.argsort(np.argsort(rollout.step_map[:n]))
     assert returns[:n] == pytest.approx(0.25 * (n - order) + 3.0)
@@ -66,8 +68,8 @@ def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
 
 @pytest.fixture
 def saved_model(tmp_path):
-    from tests.models.test_checkpoint import state
     from models.checkpoint import save_pretrained
+    from tests.models.test_checkpoint import state
 
     model = tiny_model(3)
     save_pretrained(model, state(model), tmp_path / "model")
@@ -78,8 +80,15 @@ def saved_model(tmp_path):
 def test_the_critic_learns_what_the_rewards_are(rollouts, saved_model, method, tmp_path):
     """On one batch, over and over: the explained variance rises from nothing, and the policy's advantages shrink."""
     forget_accelerator()
-    overrides = [f"model.value_base_model={saved_model}", f"training.method={method}", "rollout.max_token=11", "optimizer.name=adamw"]
-    config = rl_config(*overrides, "optimizer.params.learning_rate=1e-6", "optimizer.params.value_learning_rate=3e-3", "training.eps=10")
+    overrides = [
+        f"model.value_base_model={saved_model}",
+        f"training.method={method}",
+        "rollout.max_token=11",
+        "optimizer.name=adamw",
+    ]
+    config = rl_config(
+        *overrides, "optimizer.params.learning_rate=1e-6", "optimizer.params.value_learning_rate=3e-3", "training.eps=10"
+    )
     accelerator = dist.make_accelerator(config)
     model = tiny_model(3)
     trainer = policy_trainer(model, config, accelerator, 1.0)
