@@ -163,7 +163,8 @@ def measure(arguments: argparse.Namespace, layers: int, length: int, show: bool)
             print(f"  {name:<16}{value:>9.2f}{meter.peak.get(name, 0) / GIB:>10.2f}")
         logits = [4 * number * decoder.config.vocab_size / GIB for number in (update.num_predictions, update.num_tokens)]
         print(f"  weights {weights / GIB:.2f} GiB, gradients the same. With FlexAttention and the chunked head there is never")
-        print(f"  a dense mask ({update.longest_pack**2 / GIB:.2f} GiB), nor float32 logits ({logits[0]:.2f}; of all tokens {logits[1]:.2f} GiB)")
+        dense = update.longest_pack**2 / GIB
+        print(f"  a dense mask ({dense:.2f} GiB), nor float32 logits ({logits[0]:.2f} GiB; of all tokens {logits[1]:.2f} GiB)")
     rate = f"{update.num_tokens / seconds:,.0f} packed tokens/s"
     print(f"  {seconds:.2f} s, {rate}, beside weights and gradients {beside / GIB:.2f} GiB", flush=True)
     point = Point(layers, update.longest_pack, beside, seconds)
@@ -237,7 +238,7 @@ def occupy(arguments: argparse.Namespace, tokens: int) -> float:
     ballast = torch.empty(taken, dtype=torch.uint8, device="cuda")
     meter = Update(decoder, arguments, arguments.response)()
     peak = max(meter.peak.values()) / GIB
-    print(f"\nwith {taken / GIB:.1f} GiB taken ({name}: its states, and the other layers' checkpoints): it fits, peak {peak:.1f} GiB")
+    print(f"\n{taken / GIB:.1f} GiB taken ({name}: its states, and the other layers' checkpoints): it fits, peak {peak:.1f} GiB")
     del ballast
     return peak
 
@@ -253,7 +254,7 @@ def main(argv: list[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--method", default="semi-ar", choices=["semi-ar", "trace"])
     parser.add_argument("--masks", type=int, default=1, help="semi-ar: masks per response")
     parser.add_argument("--complementary", action="store_true", help="semi-ar: and their complements")
-    parser.add_argument("--budget", type=int, default=0, help="tokens of a part, as training.max_tokens_per_microbatch; 0: all in one")
+    parser.add_argument("--budget", type=int, default=0, help="tokens of a part (max_tokens_per_microbatch); 0: all in one")
     parser.add_argument("--backend", default="auto", choices=["auto", "dense", "flex"])
     parser.add_argument("--head-chunk", type=int, default=2048)
     parser.add_argument("--keep-activations", action="store_true", help="recompute nothing")

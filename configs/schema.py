@@ -91,6 +91,9 @@ class Dataset:
     """SFT: held-out data of the same form, for the validation loss. See training.validation_share for a part of the data itself."""
     data_type: str = "math"
     """How answers are scored, a name in reward/registry.py: math, exact, ... (judge: by reward.judge alone)."""
+    use_chat_template: bool = True
+    """Prompts by the chat template of the checkpoint's tokenizer, where it has one; False: by the family's fixed form, as the
+    reference does."""
     image_root: str | None = None
     """Folder that image paths start from."""
     add_think_prompt: bool = False

@@ -77,6 +77,11 @@ def as_record(record: dict[str, Any], default_id: str) -> SFTRecord:
     return SFTRecord(record_id, record.get("prompt", ""), record["response"], record.get("step_map"), messages, is_rendered)
 
 
+def response_end(tokenizer: Any, chat_style: str, is_chat: bool) -> int | None:
+    """Id of the token that every response is ended with, if there is one."""
+    return end_token(chat_style, tokenizer) if is_chat else tokenizer.eos_token_id
+
+
 def encode_sft(record: SFTRecord, tokenizer: Any, chat_style: str, is_chat: bool) -> tuple[list[int], list[int]]:
     """Token ids of prompt and response; the response ends with the token that ends an answer. Rollouts are as they were sampled.
 
@@ -89,7 +94,7 @@ def encode_sft(record: SFTRecord, tokenizer: Any, chat_style: str, is_chat: bool
     else:
         text = record.prompt if record.is_rendered or not is_chat else render_chat(record.prompt, chat_style, tokenizer)
     response_ids = encode(tokenizer, record.response)
-    end = end_token(chat_style, tokenizer) if is_chat else tokenizer.eos_token_id
+    end = response_end(tokenizer, chat_style, is_chat)
     if end is not None and response_ids[-1:] != [end]:
         response_ids.append(end)
     return encode(tokenizer, text), response_ids

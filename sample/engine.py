@@ -12,13 +12,16 @@ from __future__ import annotations
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Protocol
 
 from common.errors import UserError
 from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
 from sample.registry import ENGINES, TARGETS, UNMASKING
+
+if TYPE_CHECKING:
+    from models.checkpoint import Pretrained
 
 Progress = Callable[[int, int, int], None]
 """Called after every forward of the engine with (finished sequences, revealed tokens, denoising forwards of all sequences)."""
@@ -99,6 +102,15 @@ class SamplingSettings:
         )
         ids = dict(mask_id=mask_id, stop_ids=tuple(stop_ids), forbidden_ids=tuple(forbidden_ids))
         return cls(**{**settings, **ids, "seed": seed, **changes})
+
+    @classmethod
+    def for_model(cls, model: Pretrained, max_tokens: int, **settings: Any) -> SamplingSettings:
+        """For a model that was read from a checkpoint: its own mask, stop and forbidden ids, and its block size if it says one."""
+        facts = dict(mask_id=model.mask_id, stop_ids=tuple(model.eos_ids), forbidden_ids=tuple(model.forbidden_ids))
+        block_size = model.family.config_block_size(model.config)
+        if block_size is not None:
+            facts["block_size"] = block_size
+        return cls(max_tokens=max_tokens, **{**facts, **settings})
 
     @property
     def is_greedy(self) -> bool:

@@ -66,12 +66,15 @@ class PromptBuilder:
         self.reward = REWARDS.get(config.dataset.data_type, "dataset.data_type")
         self.tokenizer, self.chat_style = model.tokenizer, model.family.chat_style
         self.start_with_think, self.max_length = decoding.start_with_think, config.training.max_prompt_len
+        self.use_template = config.dataset.use_chat_template
 
     def __call__(self, tasks: list[Task], num_samples: int) -> tuple[list[Request], list[Task]]:
         """The requests, and the tasks whose prompt is longer than `training.max_prompt_len`: those are not sampled."""
         requests, too_long = [], []
         for task in tasks:
-            prompt_ids = build_prompt(task, self.reward, self.chat_style, self.tokenizer, start_with_think=self.start_with_think)
+            prompt_ids = build_prompt(
+                task, self.reward, self.chat_style, self.tokenizer, self.use_template, self.start_with_think
+            )
             if len(prompt_ids) > self.max_length:
                 too_long.append(task)
             else:

@@ -75,7 +75,7 @@ class SFTRun:
         from eval import Evaluator
         from train.objectives import OBJECTIVES
         from train.run import Run
-        from train.sft_data import build_responses, fingerprint, warn_of_cuts
+        from train.sft_data import build_responses, fingerprint, warn_of_cuts, warn_of_end
         from train.validation import Validation
 
         self.config = config
@@ -90,6 +90,7 @@ class SFTRun:
         self.run.total_steps = training.max_steps or training.num_train_epochs * -(-len(self.responses) // training.batch_size)
         self.fingerprint = fingerprint(self.responses)
         if is_main:
+            warn_of_end(config, model)
             warn_of_cuts(self.responses, self.trace, training)
         self.validation = None
         if data.validation:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from common.errors import UserError, warn
-from data.sft import SFTRecord, encode_sft
+from data.sft import SFTRecord, encode_sft, response_end
 from models.checkpoint import Pretrained
 from reward.registry import REWARDS
 from train.packing import build_document, split_long
@@ -94,6 +94,15 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     if not responses:
         raise UserError(f"{source}: every prompt is longer than {limits[0]}: raise it")
     return responses
+
+
+def warn_of_end(config: Any, model: Pretrained) -> None:
+    """Warn where what ends the responses would not end an answer when the model is sampled from."""
+    end = response_end(model.tokenizer, model.family.chat_style, REWARDS.get(config.dataset.data_type).chat)
+    stops = {*model.eos_ids, *(model.tokenizer.get_vocab().get(token) for token in config.rollout.stop_token_list)}
+    if end not in stops:
+        name = "no token, as the tokenizer has none" if end is None else repr(model.tokenizer.convert_ids_to_tokens(end))
+        warn(f"responses are ended with {name}, which does not end an answer in sampling: name one in rollout.stop_token_list")
 
 
 def warn_of_cuts(responses: list[Response], trace: TraceMethod, training: Any) -> None:

@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from benchmarks.shapes import random_decoder
 from benchmarks.sft_long import Fit, Point, Update, main, settings
+from benchmarks.shapes import random_decoder
 
 TINY = ["--shape", "tiny", "--backend", "dense", "--device", "cpu", "--response", "64", "--prompt", "10"]
 

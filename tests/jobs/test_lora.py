@@ -52,8 +52,8 @@ def test_the_adapter_learns(short_run: Path):
 
 def evaluate(server: ForkServer, model: Path, project: Path) -> list[dict[str, Any]]:
     settings = ["config=configs/tiny_eval.yaml", f"experiment.project={project}", f"model.pretrained_model={model}"]
-    greedy = ["evaluation.remasking_strategy=[low_confidence_dynamic]", "evaluation.top_k=[1]", "evaluation.num_response_per_task=1"]
-    job = server.run("eval.py", settings + greedy)
+    settings += ["evaluation.remasking_strategy=[low_confidence_dynamic]", "evaluation.top_k=[1]"]
+    job = server.run("eval.py", [*settings, "evaluation.num_response_per_task=1"])
     assert job.code == 0, job.err
     [file] = (project / "results").glob("*.jsonl")
     return [json.loads(line) for line in file.read_text().splitlines()]
@@ -157,7 +157,8 @@ def test_killed_and_started_again(
     if variant == "value":
         folder = tmp_path / "run" / "ckpt" / "optimized_value"
         model, value = load_value_model(str(folder), "sdar", torch.float32)
-        assert model.adapter.base == str(jobs_dir / "model") and value.head.weight.abs().max() > 0, "its head is not the trained one"
+        assert model.adapter.base == str(jobs_dir / "model")
+        assert value.head.weight.abs().max() > 0, "its head is not the trained one"
         merged, same = load_value_model(f"{folder}-merged", "sdar", torch.float32)
         assert merged.adapter is None and torch.equal(same.head.weight, value.head.weight)
         assert sum("lora_B" in name for name in load_file(folder / "adapter_model.safetensors")) == 14

@@ -1,6 +1,6 @@
 """Every training method, by its tiny YAML as a user starts it: the held-out solve rate rises, and what is peculiar to each holds.
 
-The short form has 50 steps of the file's settings. Before and after are measured on the same 256 tasks, four responses each, from
+The short form has 40 steps of the file's settings. Before and after are measured on the same 256 tasks, four responses each, from
 the same noise: the standard error of the difference is about 0.015, the rises seen are 0.13 to 0.25.
 """
 
@@ -18,10 +18,10 @@ from common.records import read_rollouts
 from tests.jobs.fork_server import ForkServer, Job
 
 SHORT = {
-    "experiment.total_step": 50,
-    "experiment.eval_every": 50,
-    "experiment.save_every": 50,
-    "experiment.save_state_every": 50,
+    "experiment.total_step": 40,
+    "experiment.eval_every": 40,
+    "experiment.save_every": 40,
+    "experiment.save_state_every": 40,
     "evaluation.num_response_per_task": 4,
     "model.prepare_config": "null",
 }
@@ -101,7 +101,7 @@ def test_coupled(train: Train, rate_before: float):
     """A mask and its complement predict every token once: the predictions of a step are the tokens of its trained responses."""
     project, rows = train("rl_tiny_coupled")
     check_rise(rows, rate_before)
-    trained = [r for r in read_rollouts(project / "rollouts" / "step_000050.jsonl") if r.dropped is None]
+    trained = [r for r in read_rollouts(project / "rollouts" / "step_000040.jsonl") if r.dropped is None]
     assert rows[-1]["train/num_predictions"] == sum(r.num_response for r in trained)
 
 
@@ -113,7 +113,7 @@ def test_dipo(train: Train, rate_before: float):
     assert {row["rollout/num_groups"] - row["rollout/dropped_groups"] for row in rows} == {16}
     assert max(row["rollout/num_groups"] for row in rows) > 16
     groups: dict[str, list[bool | None]] = {}
-    for rollout in read_rollouts(project / "rollouts" / "step_000050.jsonl"):
+    for rollout in read_rollouts(project / "rollouts" / "step_000040.jsonl"):
         if rollout.dropped is None:
             groups.setdefault(rollout.task_id, []).append(rollout.correct)
     assert all(len(group) == 8 and 0 < sum(map(bool, group)) < 8 for group in groups.values())
@@ -126,7 +126,7 @@ def test_several_updates_of_a_batch(train: Train, rate_before: float):
     assert all(row["train/num_updates"] == 4 for row in rows)
     assert all(row["train/ratio_min"] < 1 < row["train/ratio_max"] for row in rows)
     assert max(row["gap/logprob_max"] for row in rows) < 1e-4
-    assert 0 < max(row["train/clip_fraction"] for row in rows) < 0.1
+    assert 0 < max(row["train/clip_fraction"] for row in rows) < 0.2
 
 
 def test_with_value(train: Train, start_model: Path, rate_before: float):
@@ -157,7 +157,7 @@ def test_process_reward(train: Train, start_model: Path, judge: Any, rate_before
     grades = [sum(row["judge/score"] for row in part) / 10 for part in (rows[:10], rows[-10:])]
     assert grades[1] > grades[0]
     assert rows[-1]["value/explained_variance"] > 0.1, "how many grades are still to come can be known, at least"
-    right = [r for r in read_rollouts(project / "rollouts" / "step_000050.jsonl") if r.correct]
+    right = [r for r in read_rollouts(project / "rollouts" / "step_000040.jsonl") if r.correct]
     assert right and all(r.reward == pytest.approx(1) and r.outcome == 0 for r in right), "right answers get the best grades only"
 
 

@@ -173,7 +173,7 @@ def _parent(pid):
 def test_programs_end_with_a_parent_that_is_killed(tmp_path, use_namespaces):
     """SIGKILL of the process that scores, in the middle of a program with children."""
     code = "import os, time\nos.fork()\nos.fork()\nwhile True: time.sleep(1)"
-    folders = set(Path(tempfile.gettempdir()).glob("unmask-*"))
+    folders = set(Path(tempfile.gettempdir()).glob("unmask-program-*"))
     program = f"""
 import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r})
 from reward.sandbox import Limits, Sandbox
@@ -192,7 +192,7 @@ sandbox.run_script({code!r}, '', Limits(60))
     while any(map(is_alive, pids)) and time.monotonic() < end:
         time.sleep(0.02)
     assert not [pid for pid in pids if is_alive(pid)]
-    assert set(Path(tempfile.gettempdir()).glob("unmask-*")) <= folders
+    assert set(Path(tempfile.gettempdir()).glob("unmask-program-*")) <= folders
 
 
 RIGHT_SCRIPTS = {

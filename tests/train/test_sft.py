@@ -20,7 +20,7 @@ from train.methods.semi_ar import semi_ar_slices
 from train.objectives import likelihood, token_weights
 from train.packing import number
 from train.policy import policy_trainer
-from train.sft_data import as_response, as_training, build_responses, fingerprint, warn_of_cuts
+from train.sft_data import as_response, as_training, build_responses, fingerprint, warn_of_cuts, warn_of_end
 from train.traces import TRACES, Response
 from train.validation import Validation, build_documents
 
@@ -72,6 +72,17 @@ def test_ids_beyond_the_vocabulary_are_refused():
     record = SFTRecord("x", "", "", None, None, False, [1], [2, 99], 2)
     with pytest.raises(UserError, match="record x: token id 99 is beyond the model's 32"):
         build_responses(sft_config(), model, [record], "data", tell=False)
+
+
+def test_an_end_that_does_not_end_sampling_is_warned_of(capsys):
+    model = tiny_model(0)
+    warn_of_end(sft_config(), model)
+    assert not capsys.readouterr().err
+    model.tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    warn_of_end(sft_config("dataset.data_type=math"), model)
+    assert "responses are ended with '<|im_end|>', which does not end an answer" in capsys.readouterr().err
+    warn_of_end(sft_config("dataset.data_type=math", "rollout.stop_token_list=['<|im_end|>']"), model)
+    assert not capsys.readouterr().err
 
 
 # ---- masks
