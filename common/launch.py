@@ -66,7 +66,9 @@ def visible_gpus() -> int:
 def processes_on_this_machine(config: Config) -> int:
     """`experiment.num_processes`, or all visible GPUs (no more than the DeepSpeed file names), or 1 where there are none."""
     if config.experiment.num_node > 1:
-        raise UserError(f"experiment.num_node: got {config.experiment.num_node}, but several machines are not supported yet: set it to 1")
+        raise UserError(
+            f"experiment.num_node: got {config.experiment.num_node}, but several machines are not supported yet: set it to 1"
+        )
     visible, asked = visible_gpus(), config.experiment.num_processes
     if asked is not None:
         if asked < 1:

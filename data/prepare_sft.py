@@ -274,7 +274,7 @@ def read_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def render(record: dict[str, Any], chat_style: str, tokenizer: Any) -> dict[str, Any]:
+def render(record: dict[str, Any], chat_style: str, tokenizer: Any, use_template: bool = True) -> dict[str, Any]:
     """The record with its prompt as the text that the model sees."""
     from data.prompts import render_chat, render_messages
 
@@ -282,9 +282,9 @@ def render(record: dict[str, Any], chat_style: str, tokenizer: Any) -> dict[str,
         return record
     rest = {name: value for name, value in record.items() if name not in ("messages", "prompt")}
     if "messages" in record:
-        text = render_messages(record["messages"], chat_style, tokenizer)
+        text = render_messages(record["messages"], chat_style, tokenizer, use_template)
     else:
-        text = render_chat(record["prompt"], chat_style, tokenizer)
+        text = render_chat(record["prompt"], chat_style, tokenizer, use_template)
     return {"prompt": text, "prompt_is_rendered": True, **rest}
 
 
@@ -316,7 +316,7 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
     for number, record in enumerate(records):
         own = as_record(record, str(number))
         is_chat = not options.plain
-        prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, is_chat)
+        prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, is_chat, not options.fixed_form)
         fill = [model.fill_id] * (-(len(prompt_ids) + len(response_ids)) % options.block_size)
         texts.append(Text(own.id, prompt_ids, response_ids + fill))
     with tqdm(total=len(texts), desc="step maps", unit="text", leave=False, disable=None, delay=1.0) as bar:
@@ -344,6 +344,7 @@ def main_options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-prompt", type=int, metavar="TOKENS", help="drop longer prompts (needs --tokenizer)")
     parser.add_argument("--max-response", type=int, metavar="TOKENS", help="drop longer responses (needs --tokenizer)")
     parser.add_argument("--chat-style", default="chatml", help="chat format where the tokenizer has no template (default: chatml)")
+    parser.add_argument("--fixed-form", action="store_true", help="no tokenizer's template (dataset.use_chat_template=false)")
     parser.add_argument("--plain", action="store_true", help="prompts are the whole text, no user's turn (data_type exact)")
     parser.add_argument("--render", action="store_true", help="write prompts as the text that the model sees (needs --tokenizer)")
     steps = parser.add_argument_group("step maps, for training.method=trace")
@@ -386,7 +387,8 @@ def main(argv: list[str] | None = None) -> None:
     encode = tokenizer = None
     if options.tokenizer is not None:
         tokenizer = read_tokenizer(options.tokenizer)
-        encode = lambda record: encode_sft(record, tokenizer, options.chat_style, not options.plain)  # noqa: E731
+        forms = options.chat_style, not options.plain, not options.fixed_form
+        encode = lambda record: encode_sft(record, tokenizer, *forms)  # noqa: E731
     prepared = prepare(
         rows, options.prompt_field, options.response_field, options.only_correct, encode, options.max_prompt, options.max_response
     )
@@ -394,7 +396,7 @@ def main(argv: list[str] | None = None) -> None:
         print(table(prepared))
         raise UserError(f"{options.input}: no record is left, nothing was written")
     if options.render:
-        prepared.records = [render(record, options.chat_style, tokenizer) for record in prepared.records]
+        prepared.records = [render(r, options.chat_style, tokenizer, not options.fixed_form) for r in prepared.records]
     if options.sample_steps is not None:
         add_steps(prepared.records, options)
     parts = split(prepared.records, options.held_out, options.seed, lambda record: prompt_key(as_record(record, "")))

@@ -82,17 +82,22 @@ def response_end(tokenizer: Any, chat_style: str, is_chat: bool) -> int | None:
     return end_token(chat_style, tokenizer) if is_chat else tokenizer.eos_token_id
 
 
-def encode_sft(record: SFTRecord, tokenizer: Any, chat_style: str, is_chat: bool) -> tuple[list[int], list[int]]:
+def encode_sft(
+    record: SFTRecord, tokenizer: Any, chat_style: str, is_chat: bool, use_template: bool = True
+) -> tuple[list[int], list[int]]:
     """Token ids of prompt and response; the response ends with the token that ends an answer. Rollouts are as they were sampled.
 
-    is_chat: whether prompts of the data type are a user's turn (else they are the whole text).
+    is_chat: whether prompts of the data type are a user's turn (else they are the whole text). use_template: whether the
+    tokenizer's own chat template comes before the fixed form of `chat_style`.
     """
     if record.response_ids is not None:
         return list(record.prompt_ids), list(record.response_ids)
     if record.messages is not None:
-        text = render_messages(record.messages, chat_style, tokenizer)
+        text = render_messages(record.messages, chat_style, tokenizer, use_template)
+    elif is_chat and not record.is_rendered:
+        text = render_chat(record.prompt, chat_style, tokenizer, use_template)
     else:
-        text = record.prompt if record.is_rendered or not is_chat else render_chat(record.prompt, chat_style, tokenizer)
+        text = record.prompt
     response_ids = encode(tokenizer, record.response)
     end = response_end(tokenizer, chat_style, is_chat)
     if end is not None and response_ids[-1:] != [end]:

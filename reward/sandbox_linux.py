@@ -208,6 +208,9 @@ def all_may_enter(folders: list[str]) -> bool:
     return all(os.stat(path).st_mode & 0o005 == 0o005 for path in paths if path.exists())
 
 
+LANDLOCK_SCOPES = 6  # the version from which on it also keeps signals in
+
+
 def landlock_version() -> int:
     """0 where the kernel has none (landlock(7), Linux 5.13)."""
     try:
@@ -225,7 +228,7 @@ def restrict_files(scratch: str, shared_memory: bool) -> None:
     assert version > 0
     everything = (1 << (13 + (version >= 2) + (version >= 3))) - 1  # files, folders, then renaming, then truncation
     read, on_file = 0b1101, 0b111 | (1 << 14 if version >= 3 else 0)
-    attributes = struct.pack("QQQ", everything, 0, 2)[: 24 if version >= 6 else 8]  # 2: no signals to processes outside
+    attributes = struct.pack("QQQ", everything, 0, 2)[: 24 if version >= LANDLOCK_SCOPES else 8]  # 2: no signals outside
     ruleset = syscall("landlock_create_ruleset", attributes, ctypes.c_size_t(len(attributes)), 0)
     folders = _top_folders([f"/{name}" for name in SYSTEM_FOLDERS] + python_folders())
     rules = [(folder, read) for folder in folders] + [(file, read & on_file) for file in SYSTEM_FILES]
@@ -267,10 +270,11 @@ def _argument(number: int, high: bool = False) -> tuple[int, int, int, int]:
     return (LOAD, 0, 0, 16 + 8 * number + 4 * high)  # struct seccomp_data, little-endian
 
 
-def filter_program(own_namespaces: bool, own_pid: int) -> bytes:
+def filter_program(own_namespaces: bool, only_pid: int | None) -> bytes:
     """The BPF program: which system calls of this machine answer "not permitted".
 
-    Without namespaces also: signals to and limits of other processes, and every socket that is not a pair.
+    Without namespaces also: limits of other processes, and every socket that is not a pair. `only_pid`: the one process that
+    signals may be sent to; None: no rule.
     """
     column, audit_arch = MACHINES[platform.machine()]
     code: list[tuple[int, int, int, int]] = [(LOAD, 0, 0, 4), (EQUAL, 1, 0, audit_arch), (RETURN, 0, 0, KILL), (LOAD, 0, 0, 0)]
@@ -289,8 +293,8 @@ def filter_program(own_namespaces: bool, own_pid: int) -> bytes:
     if own_namespaces:
         rule("socket", _argument(0), (EQUAL, 0, 1, 1), (RETURN, 0, 0, ALLOW), (RETURN, 0, 0, DENY))  # AF_UNIX only
     else:
-        for name in OTHERS:
-            own = [own_pid, 0] if name == "kill" else [own_pid]
+        for name in OTHERS if only_pid is not None else ():
+            own = [only_pid, 0] if name == "kill" else [only_pid]
             tests = [(EQUAL, len(own) - n, 0, pid) for n, pid in enumerate(own)]
             rule(name, _argument(0), *tests, (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW))
         rule("prlimit64", _argument(0), (EQUAL, 1, 0, 0), (RETURN, 0, 0, DENY), (RETURN, 0, 0, ALLOW))
@@ -309,10 +313,10 @@ def has_filter() -> bool:
     return platform.machine() in MACHINES
 
 
-def filter_system_calls(own_namespaces: bool) -> None:
-    """Install the filter for this process and its children."""
+def filter_system_calls(own_namespaces: bool, only_itself: bool = False) -> None:
+    """Install the filter for this process and its children. `only_itself`: signals may be sent to no other process."""
     prctl(PR_SET_NO_NEW_PRIVS, 1)
-    program = filter_program(own_namespaces, os.getpid())
+    program = filter_program(own_namespaces, os.getpid() if only_itself else None)
     buffer = ctypes.create_string_buffer(program, len(program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program) // 8, ctypes.addressof(buffer)))
     prctl(PR_SET_SECCOMP, 2, ctypes.addressof(header))

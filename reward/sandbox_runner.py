@@ -252,7 +252,9 @@ def shut_in(settings: dict, plain: bool) -> None:
     linux.prctl(linux.PR_SET_DUMPABLE, 0 if settings["judge"] else 1)
     linux.drop_capabilities(kept)
     if linux.has_filter():
-        linux.filter_system_calls(own_namespaces=not plain)
+        # Where neither another user nor Landlock keeps signals in, not even a program's own children may be sent any.
+        only_itself = plain and uid is None and linux.landlock_version() < linux.LANDLOCK_SCOPES
+        linux.filter_system_calls(own_namespaces=not plain, only_itself=only_itself)
     if plain:
         linux.die_with_parent()
 

@@ -32,7 +32,7 @@ def apply_length_rule(score: Score) -> Score:
 
 
 def overlong_penalty(num_response: int, max_response: int, penalty_tokens: int) -> float:
-    """What is taken from the reward of a long response (DAPO's soft overlong punishment, arXiv 2503.14476, equation 13), from 0 to 1.
+    """What is taken from the reward of a long response, 0 to 1: DAPO's soft overlong punishment (arXiv 2503.14476, equation 13).
 
     0 up to max_response - penalty_tokens tokens, from there linear, 1 from max_response on (a last block may reach beyond it).
     """

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from common import dist
 from models.checkpoint import Pretrained
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
+from train.offload import Offloaded
 from train.optim import build_optimizer, schedule_factor
 from train.packing import Document, Pack, assign, build_pack
 
@@ -137,17 +138,11 @@ class Trainer:
         self.num_steps += 1
         return totals.reduce(self.accelerator, norm, rate)
 
-    def move(self, to_host: bool) -> None:
-        """Take weights and optimizer states off the GPU, or back to it."""
+    def offload(self) -> Offloaded:
+        """Take weights, gradients and optimizer states off the GPU until the result's `restore` is called."""
         if dist.uses_deepspeed(self.accelerator):
-            self.module.offload_states(pin_memory=False) if to_host else self.module.reload_states()
-            return
-        device = torch.device("cpu") if to_host else self.accelerator.device
-        self.module.to(device)
-        for state in self.optimizer.state.values():
-            for name, value in state.items():
-                if isinstance(value, Tensor) and value.ndim:  # step counts stay where they are
-                    state[name] = value.to(device)
+            return Offloaded([self.module.module, self.module.optimizer, self.optimizer])
+        return Offloaded([self.module, self.optimizer])
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the main process; all ranks together."""

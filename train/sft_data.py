@@ -75,10 +75,11 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     """The responses that are trained on. Longer prompts than training.max_prompt_len are dropped, longer responses than
     training.max_gen_length cut; `tell`: print how many. Raises UserError where nothing is left, naming the data `source`."""
     training, is_chat = config.training, REWARDS.get(config.dataset.data_type).chat
+    use_template = config.dataset.use_chat_template
     limits = f"training.max_prompt_len={training.max_prompt_len}", f"training.max_gen_length={training.max_gen_length}"
     responses, num_dropped, num_cut = [], 0, 0
     for record in records:
-        prompt_ids, response_ids = encode_sft(record, model.tokenizer, model.family.chat_style, is_chat)
+        prompt_ids, response_ids = encode_sft(record, model.tokenizer, model.family.chat_style, is_chat, use_template)
         if len(prompt_ids) > training.max_prompt_len:
             num_dropped += 1
             continue

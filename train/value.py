@@ -20,6 +20,7 @@ from models.lora import prepare_for_training
 from models.value import ValueModel, load_value_model, save_value_model
 from train.loop import Columns, StepResult, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveOutput
+from train.offload import Offloaded
 from train.packing import Document, Pack, Predictions
 from train.returns import outcome_rewards, response_times, step_returns
 from train.traces import Response, lay_out
@@ -144,7 +145,7 @@ class ValueUpdate:
         prepare_for_training(self.model, config.training.lora, name, config.training.seed)
         packed = PackedValues(module, config.training.attention_backend)
         self.trainer = Trainer(packed, self.model, config, accelerator, config.optimizer.params.value_learning_rate)
-        self.is_resting = False
+        self.offloaded: Offloaded | None = None
 
     def advantages(
         self, rollouts: list[ScoredRollout], responses: list[Response], documents: list[Document], p: Predictions
@@ -167,15 +168,14 @@ class ValueUpdate:
         free, total = torch.cuda.mem_get_info(device)
         # Every rank decides for itself: nothing here is collective.
         if choice == "always" or free < total / 3:
-            self.trainer.move(to_host=True)
+            self.offloaded = self.trainer.offload()
             torch.cuda.empty_cache()
-            self.is_resting = True
 
     def wake(self) -> None:
         """Behind the rollout."""
-        if self.is_resting:
-            self.trainer.move(to_host=False)
-            self.is_resting = False
+        if self.offloaded is not None:
+            self.offloaded.restore()
+            self.offloaded = None
 
     # -- kept with the policy's state and checkpoints
 

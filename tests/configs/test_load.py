@@ -61,7 +61,11 @@ def test_shipped_files_are_sparse(path, tmp_path):
 
 def test_shipped_files_exist():
     assert {path.stem for path in SHIPPED} >= {
-        *["rl_trado", "rl_sdar", "trado_eval", "sdar_eval", "trado_longcot_eval", "rl_tiny", "tiny_eval", "sft_tiny"]
+        *["rl_trado", "rl_sdar", "trado_eval", "sdar_eval", "trado_longcot_eval", "rl_tiny", "tiny_eval", "sft_tiny"],
+        *["rl_trado_with_value", "rl_sdar_with_value", "rl_trado_process_reward_rlhf_with_value", "rl_sdar_code"],
+        *["rl_trado_dipo", "rl_trado_coupled", "rl_trado_random_masking", "rl_trado_longcot"],
+        *["rl_tiny_with_value", "rl_tiny_process_reward", "rl_tiny_dipo", "rl_tiny_coupled", "rl_tiny_random_masking"],
+        *["rl_tiny_block8", "rl_tiny_block8_second", "rl_tiny_multi_update"],
     }
 
 
@@ -130,6 +134,11 @@ MISTAKES = [
     (["training.lower_p=0.95"], "training.lower_p: got 0.95, must be at most training.upper_p, which is 0.9"),
     (["reward.keep_solve_rate=[0.8,0.2]"], "reward.keep_solve_rate: got [0.8, 0.2], must be two shares"),
     (["reward.overlong_margin=2000"], "reward.overlong_margin: got 2000, must be below rollout.max_token, which is 2000"),
+    (
+        ["reward.overlong_penalty_tokens=2001"],
+        "reward.overlong_penalty_tokens: got 2001, must be at most rollout.max_token, which is 2000",
+    ),
+    (["model.block_size=0"], "model.block_size: got 0, must be above 0"),
     (["rollout.num_response_per_task=1"], "rollout.num_response_per_task: got 1, must be at least 2 without a value model"),
     (["rollout.temperature=0"], "rollout.temperature: got 0.0: all responses"),
     (["rollout.top_k=1"], "rollout.top_k: got 1: all responses"),

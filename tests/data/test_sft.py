@@ -107,6 +107,8 @@ def test_conversations_by_the_tokenizers_template():
     messages = [{"role": "user", "content": "12"}, {"role": "assistant", "content": "3"}, {"role": "user", "content": "4"}]
     prompt_ids, _ = encode_sft(SFTRecord("x", "", "5", messages=messages), tokenizer, "chatml", is_chat=True)
     assert tokenizer.decode(prompt_ids) == "u12+a3+u4+a"
+    fixed, _ = encode_sft(SFTRecord("x", "", "5", messages=messages), tokenizer, "chatml", is_chat=True, use_template=False)
+    assert fixed != prompt_ids and len(fixed) > 60
     with pytest.raises(UserError, match="refuses a conversation of the turns system: no system here"):
         encode_sft(SFTRecord("x", "", "5", messages=[{"role": "system", "content": "1"}]), tokenizer, "chatml", is_chat=True)
 

@@ -1,4 +1,4 @@
-"""The objective and value checkers pass on the numbers they were made for, and notice wrong ones; the command says what it found."""
+"""The objective and value checkers pass on the numbers they were made for, and notice wrong ones; the command says so."""
 
 from __future__ import annotations
 
@@ -54,14 +54,18 @@ def test_a_wrong_objective_number_fails(change, tmp_path):
     assert result.status == "FAIL"
 
 
-@pytest.mark.parametrize("change", [add("final.lm_head.weight", 1e-2), add("step_losses", 1e-3), add("grad_norms_before_clip", 1e-3)])
+@pytest.mark.parametrize(
+    "change", [add("final.lm_head.weight", 1e-2), add("step_losses", 1e-3), add("grad_norms_before_clip", 1e-3)]
+)
 def test_a_wrong_number_after_several_steps_fails(change, tmp_path):
     copy_case(OBJECTIVE, ["policy", "old_policy"], "multi_step_adamw", tmp_path, change)
     [result] = objective.check(tmp_path, "x", "sdar")
     assert result.status == "FAIL"
 
 
-@pytest.mark.parametrize("change", [add("returns", 1e-2), add("advantages", 1e-2), add("row_loss", 1e-3), add("grad_l2.value_head.weight", 1e-3)])
+@pytest.mark.parametrize(
+    "change", [add("returns", 1e-2), add("advantages", 1e-2), add("row_loss", 1e-3), add("grad_l2.value_head.weight", 1e-3)]
+)
 def test_a_wrong_value_number_fails(change, tmp_path):
     copy_case(VALUE, ["value", "old_value"], "vector_shrink4_g0.99_l0.95", tmp_path, change)
     [result] = value.check(tmp_path, "x")
@@ -78,7 +82,9 @@ def test_the_command(tmp_path):
     (root / "llada" / "generation.json").write_text("{}")
 
     def run() -> subprocess.CompletedProcess:
-        return subprocess.run([sys.executable, "-m", "tests.golden", str(root)], capture_output=True, text=True, cwd=DATA.parents[2])
+        return subprocess.run(
+            [sys.executable, "-m", "tests.golden", str(root)], capture_output=True, text=True, cwd=DATA.parents[2]
+        )
 
     result = run()
     assert result.returncode == 0, result.stderr

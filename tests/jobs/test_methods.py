@@ -30,7 +30,8 @@ SAMPLED = "low_confidence_dynamic"
 
 
 def arguments(config: str, project: Path, changes: dict[str, Any]) -> list[str]:
-    return [f"{key}={value}" for key, value in {"config": f"configs/{config}.yaml", "experiment.project": project, **changes}.items()]
+    settings = {"config": f"configs/{config}.yaml", "experiment.project": project, **changes}
+    return [f"{key}={value}" for key, value in settings.items()]
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +163,7 @@ def test_process_reward(train: Train, start_model: Path, judge: Any, rate_before
 
 
 def test_block_size_enlargement(train: Train, start_model: Path, rate_before: float, solve_rate: Callable[..., float]):
-    """Sampled at 4 and trained at 8 the model becomes one of 8: better there, its checkpoint says so, and a second stage needs no word."""
+    """Sampled at 4 and trained at 8 it becomes a model of 8: better there, its checkpoint says so, a second stage needs no word."""
     before = solve_rate(start_model, block_size=8)
     project, rows = train("rl_tiny_block8")
     at_4, at_8 = (rate_after(rows, f"{SAMPLED}-block_size{n}") for n in (4, 8))

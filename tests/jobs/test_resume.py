@@ -28,6 +28,7 @@ COMMON = {
     "lr_scheduler.scheduler": "cosine",
     "lr_scheduler.params.warmup_steps": 3,
 }
+SELDOM = {**COMMON, "experiment.save_state_every": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     # A state behind every step.
     "every": ("rl", COMMON),
@@ -44,6 +45,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     # A critic with an optimizer and checkpoints of its own.
     "value": ("rl", {**COMMON, "model.value_base_model": "tiny-random", "optimizer.params.value_learning_rate": 1e-3}),
+    # Random masks come again as they were; groups that teach nothing are replaced; several updates hold to one old policy.
+    "coupled": ("rl", {**SELDOM, "training.method": "coupled", "training.mask_times_per_sample": 2}),
+    "random_masking": ("rl", {**SELDOM, "training.method": "random_masking"}),
+    "dipo": ("rl", {**SELDOM, "training.method": "DiPO", "rollout.num_response_per_task": 2}),
+    "larger_block": ("rl", {**SELDOM, "model.block_size": 8, "training.block_size": 8}),
     "sft": (
         "sft",
         {
@@ -90,6 +96,7 @@ def unbroken(start: Start, tmp_path_factory: pytest.TempPathFactory) -> Callable
 QUICK = {
     "every": ["update:3", "written_rounds_left:3", "checkpoint_between_renames:6", "state_begun:4"],
     "third": ["second_reward:5", "updated:6"],
+    "coupled": ["updated:5"],
     "sft": ["updated:5"],
 }
 """Kills (the places are in killer.py) that every test run tries."""
@@ -118,6 +125,7 @@ SLOW = {
     "third": ["rollout:2", "rollout:5", "scored_not_written:5", "evaluation:4", "checkpoint_half_written:4", "state_begun:6"],
     "sft": ["update:4", "evaluation:4", "checkpoint_half_written:3", "state_begun:4"],
     "value": ["rollout:4", "update:3", "updated:5", "checkpoint_half_written:6", "state_without_counters:4"],
+    **{method: ["updated:5"] for method in ("random_masking", "dipo", "larger_block")},
 }
 CASES = [
     *[(variant, place) for variant, places in QUICK.items() for place in places],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ from train.loop import StepResult, merge_results
 from train.packing import assign
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
+from train.shared_value import SharedValueUpdate
 
 TOLERANCE = 1e-6  # of the tensor's largest entry, float32
 WHOLE = 100_000
@@ -48,7 +50,9 @@ def run_update(accelerator: Any, rollouts: list[ScoredRollout], *overrides: str,
     """One RL update from the same weights."""
     config = rl_config("rollout.max_token=14", "training.beta=0.1", f"training.max_tokens_per_microbatch={budget}", *overrides)
     model = tiny_model(7)
-    update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
+    trainer = policy_trainer(model, config, accelerator, 1.0)
+    value = SharedValueUpdate(trainer, config) if config.model.value_shared else None
+    update = PolicyUpdate(trainer, config, model.fill_id, value=value)
     with kept_gradients() as steps:
         metrics = update(rollouts, step=1)
     (gradients,) = steps
@@ -73,6 +77,31 @@ def whole(accelerator, rollouts) -> dict[str, Any]:
     start = weights(tiny_model(7))
     assert all(not torch.equal(start[name], value) for name, value in result["weights"].items()), "a weight did not move"
     return result
+
+
+METHODS = {
+    "random_masking": ["training.method=random_masking", "training.mask_times_per_sample=3"],
+    "coupled": ["training.method=coupled", "training.mask_times_per_sample=2"],
+    "DiPO": ["training.method=DiPO", "training.eps_high=0.28"],
+    "a larger block": ["training.block_size=8", "training.loss_weighting=reference"],
+    "value_shared": ["model.value_shared=true"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method(accelerator, rollouts, method):
+    """In one micro-batch, in packs of whole documents, and with documents split by slices."""
+    rollouts = [replace(r, reward=r.advantage) for r in rollouts]  # what a value model sees
+    whole = run_update(accelerator, rollouts, *METHODS[method])
+    assert whole["num_packs"] == 1
+    packs = run_update(accelerator, rollouts[::-1], *METHODS[method], budget=200)
+    assert 1 < packs["num_packs"] < len(rollouts)
+    check_same(packs, whole)
+    parts = run_update(accelerator, rollouts, *METHODS[method], budget=24)
+    assert parts["num_packs"] > len(rollouts)
+    for one in (parts, whole):
+        one["metrics"].pop("train/num_tokens")  # prefixes are repeated, and counted
+    check_same(parts, whole, tolerance=3e-6)  # a sum of up to 77 gradients in float32
 
 
 @pytest.fixture(scope="module")

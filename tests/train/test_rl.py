@@ -90,12 +90,14 @@ def slices(rollout: ScoredRollout, shrink: int) -> list[tuple[int, int, list[int
     return out
 
 
-def forward(model: Pretrained, rollout: ScoredRollout, start: int, masked: list[int], tau: list[int]) -> Tensor:
+def forward(
+    model: Pretrained, rollout: ScoredRollout, start: int, masked: list[int], tau: list[int], block_size: int = BLOCK_SIZE
+) -> Tensor:
     """Log-probs of the tokens at `tau` from one forward over all that stands up to the end of the block."""
-    ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)[: start + BLOCK_SIZE]
+    ids = torch.tensor(rollout.prompt_ids + rollout.response_ids)[: start + block_size]
     seen = ids.clone()
     seen[masked] = model.mask_id
-    block = torch.arange(len(ids)) // BLOCK_SIZE
+    block = torch.arange(len(ids)) // block_size
     hidden = model.decoder(seen, torch.arange(len(ids)), masked_attention(block[:, None] >= block[None, :]))
     logits = model.decoder.lm_head(hidden[tau]).double() / TEMPERATURE
     logits[:, model.forbidden_ids] = -math.inf

@@ -220,10 +220,10 @@ def test_the_loss_is_that_of_one_forward_per_slice(whole):
 
 
 def test_the_budget_that_cuts_too_much_is_warned_of(capsys):
-    training = sft_config("training.max_tokens_per_microbatch=165").training
+    training = sft_config("training.max_tokens_per_microbatch=150").training
     warn_of_cuts(long_responses(training), TRACES.get("semi_ar"), training)
     said = capsys.readouterr().err
-    assert "training.max_tokens_per_microbatch=165: the longest document has" in said and len(said.splitlines()) == 1
+    assert "training.max_tokens_per_microbatch=150: the longest document has" in said and len(said.splitlines()) == 1
     training.max_tokens_per_microbatch = 400
     warn_of_cuts(long_responses(training), TRACES.get("semi_ar"), training)
     assert not capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,13 +11,15 @@ import numpy as np
 import pytest
 import torch
 
+from common import dist
 from common.records import Rollout
 from models.checkpoint import Pretrained
 from sample.registry import TARGETS, UNMASKING
-from tests.train.steps import STOP_IDS, requests_of_every_remainder, sample, tiny_model
+from tests.train.steps import STOP_IDS, forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from tests.train.test_rl import TEMPERATURE, forward
 from train.packing import build_document, build_pack, number
-from train.policy import Policy
-from train.rl import as_response, gather_tokens
+from train.policy import Policy, policy_trainer
+from train.rl import PolicyUpdate, as_response, gather_tokens
 from train.traces import TRACES
 
 TOLERANCE = 1e-4  # what is promised, nats; what float32 gives is about 1e-6
@@ -131,3 +134,41 @@ def test_tokens_behind_the_stop_are_seen_and_not_trained(models):
     never = [r.step_map[: r.num_response] + [0] * (len(r.step_map) - r.num_response) for r in cut]
     blind = [Rollout(**{**vars(r), "step_map": step_map}) for r, step_map in zip(cut, never, strict=True)]
     assert gaps(model, blind, 1.0)[0] > 100 * TOLERANCE
+
+
+SLICES = {
+    "random_masking": ["training.method=random_masking", "training.mask_times_per_sample=2"],
+    "coupled": ["training.method=coupled", "training.mask_ratio=per_token"],
+    "DiPO": ["training.method=DiPO"],
+    "blocks of 8 from rollouts at 4": ["training.block_size=8"],
+    "random masks in blocks of 8": ["training.method=random_masking", "training.block_size=8"],
+}
+
+
+@pytest.mark.parametrize("method", SLICES)
+def test_the_slices_of_every_method(models, method):
+    """Also where sampling never saw them: the trainer's log-probs are those of a forward over clean text and the masked block."""
+    config = rl_config(f"rollout.temperature={TEMPERATURE}", *SLICES[method])
+    size, model = config.training.block_size, models(4, 0)
+    settings = dict(block_size=4, max_tokens=11, temperature=TEMPERATURE, strategy="low_confidence_dynamic", threshold=0.3)
+    rollouts = scored(sample(model, requests_of_every_remainder(4, seed=6), **settings))
+    forget_accelerator()
+    update = PolicyUpdate(policy_trainer(model, config, dist.make_accelerator(config), TEMPERATURE), config, model.fill_id)
+    documents = update.documents(rollouts, step=1)
+    logprobs = update.trainer.outputs(documents, len(number(documents)))
+    forget_accelerator()
+    largest = 0.0
+    for document in documents:
+        trace, rollout = document.trace, rollouts[document.response]
+        ids = document.ids.tolist()  # with what fills the last block
+        no_matter = [0] * (len(ids) - document.prompt_length)
+        response_ids = ids[document.prompt_length :]
+        whole = replace(rollout, response_ids=response_ids, step_map=no_matter, logprobs=no_matter, entropy=no_matter)
+        expected = []
+        for block, hidden, predicted in zip(trace.block * size, trace.hidden, trace.predicted, strict=True):
+            masked, tau = (block + np.flatnonzero(which) for which in (hidden, predicted))
+            with torch.no_grad():
+                expected += forward(model, whole, int(block), masked.tolist(), tau.tolist(), size).tolist()
+        largest = max(largest, np.abs(logprobs[document.numbers] - expected).max())
+    print(f"{method}: largest difference {largest:.1e}")
+    assert largest < TOLERANCE
