@@ -137,6 +137,7 @@ class Evaluator:
         start = time.perf_counter()
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.accelerator, weights_version, f"evaluation: {name}")
         seconds = time.perf_counter() - start
+        self.engine.release()  # what follows, an update or a judge on this GPU, wants the memory of its cache
         scored = score_on_all_ranks(self.scorer, rollouts, self.accelerator)
         num_tokens = sum(r.num_response for r in scored)
         return EvalResult(

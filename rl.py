@@ -16,7 +16,7 @@ from typing import Any, Callable
 from common.errors import UserError, entry_point, warn
 from common.launch import already_launched, launch, needs_launch
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
-from common.run_dir import is_over
+from common.run_dir import RunDir, is_over
 
 
 @entry_point
@@ -58,16 +58,23 @@ def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
 
 
 def make_missing_model(config: Any) -> None:
-    """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there yet."""
+    """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there, or is half-finetuned:
+    that job keeps checkpoints on its way, so where it was interrupted it goes on."""
+    from configs.load import read_config
     from models.family import TINY_RANDOM
 
     path = Path(config.model.pretrained_model)
-    is_there = path.exists() or str(path) == TINY_RANDOM
-    if config.model.prepare_config is None or is_there or already_launched():
+    if config.model.prepare_config is None or str(path) == TINY_RANDOM or already_launched():
         return
-    print(f"{path} is not there yet: making it with {config.model.prepare_config}", flush=True)
-    script = Path(__file__).resolve().parent / "train" / "sft_sdar.py"
-    code = subprocess.run([sys.executable, str(script), f"config={config.model.prepare_config}"]).returncode
+    argument = f"config={config.model.prepare_config}"
+    directory = RunDir(read_config("sft", [argument]).experiment.project)
+    is_its_own = directory.config.is_file() and path.resolve().is_relative_to(directory.path.resolve())
+    if path.exists() and not (is_its_own and directory.is_interrupted()):
+        return
+    missing = "is not finished" if path.exists() else "is not there yet"
+    print(f"{path} {missing}: making it with {config.model.prepare_config}", flush=True)
+    script = Path(__file__).resolve().parent / "train" / "sft.py"
+    code = subprocess.run([sys.executable, str(script), argument]).returncode
     if code:
         sys.exit(code)
 
@@ -103,7 +110,9 @@ class RLRun:
         self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
         self.evaluator = None
         if eval_tasks is not None:
-            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks)
+            self.evaluator = Evaluator(
+                config, model, self.engine, self.run.accelerator, eval_tasks, self.engine_weights.refresh
+            )
         self.step_metrics: dict[str, float] = {}
         self.run.resume(lambda extra: self.cursor.restore(extra["cursor"]))
 
@@ -193,7 +202,6 @@ class RLRun:
         if self.evaluator is None or (step % self.config.experiment.eval_every and step != self.run.total_steps):
             return
         with self.run.phase("evaluation"):
-            self.engine_weights.refresh(self.run.trainer.num_steps)
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()

@@ -137,6 +137,11 @@ class RunDir:
         state = self.read_state()
         return state is not None and state["finished"] and not self.differences(config)
 
+    def is_interrupted(self) -> bool:
+        """Whether the run that is here, whatever its settings, has not come to its end."""
+        state = self.read_state()
+        return state is None or not state["finished"]
+
     def goodbye(self, config: Any) -> str:
         """What a finished run says of itself."""
         return f"finished: weights in {self.checkpoints / config.model.optimized_name}, curves in {self.path / 'report.html'}"

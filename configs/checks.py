@@ -129,8 +129,10 @@ def _check_experiment(config: Config) -> None:
 def _check_registries(config: Config, job: str) -> None:
     """Registries are imported here: the schema must be readable without the rooms."""
     from models.registry import FAMILIES
+    from reward.advantages import ADVANTAGES
     from reward.registry import REWARD_FUNCTIONS, REWARDS
     from train.methods import METHODS
+    from train.registry import OBJECTIVES
 
     _registered(FAMILIES, config.model.model_base, "model.model_base")
     _registered(REWARDS, config.dataset.data_type, "dataset.data_type")
@@ -143,8 +145,11 @@ def _check_registries(config: Config, job: str) -> None:
             raise UserError(f"reward.function: got {function!r}, but there is no file {path}")
     elif function is not None and function not in REWARD_FUNCTIONS:
         _registered(REWARDS, function, "reward.function")
+    _registered(ADVANTAGES, config.training.advantage, "training.advantage")
     if job != "eval":
         _registered(METHODS, config.training.method, "training.method")
+        if config.training.objective is not None:
+            _registered(OBJECTIVES, config.training.objective, "training.objective")
         stage = METHODS.get(config.training.method).stage
         if stage != job:
             fitting = [name for name in METHODS if METHODS.get(name).stage == job]
@@ -152,12 +157,35 @@ def _check_registries(config: Config, job: str) -> None:
                 f"training.method: got {config.training.method!r}, which is a method of {stage}, "
                 f"must be one of {', '.join(fitting)}"
             )
-        _check_engine_logprobs(config, METHODS.get(config.training.method).follows_steps)
+        method = METHODS.get(config.training.method)
+        _check_engine_logprobs(config, method.follows_steps)
+        has_judge = config.reward.judge.base_url is not None or config.model.process_reward_model is not None
+        if has_judge and (config.model.value_shared or config.model.value_base_model is not None) and method.trace != "trace":
+            warn_once(
+                f"training.method={config.training.method} with a judge and a value model: tokens that no mask predicts take their "
+                "rewards out of the returns; TraceRL leaves none out"
+            )
 
 
 def _check_engine_logprobs(config: Config, follows_steps: bool) -> None:
     """The engine's log-probs mean something to the trainer only where it trains the very slices that were sampled."""
     t = config.training
+    is_single = t.num_updates_per_step == 1
+    if t.importance_cap is not None and (t.old_logprobs == "engine" or (t.old_logprobs == "current" and not is_single)):
+        raise UserError(
+            f"training.importance_cap: got {t.importance_cap!r} with training.old_logprobs={t.old_logprobs}, but it weighs the "
+            "trainer's log-probs before the update against the engine's: use old_logprobs trainer or auto"
+        )
+    if (
+        t.beta
+        and t.kl_to == "old"
+        and t.use_kl_estimator_k3
+        and (t.old_logprobs == "current" or (t.old_logprobs == "auto" and is_single))
+    ):
+        warn_once(
+            f"training.beta={t.beta} holds to the old policy, which is the current one in every update here: the term has no "
+            "gradient; set training.kl_to=reference, or several updates per step"
+        )
     is_same = follows_steps and t.shrink == 1 and t.block_size == config.rollout.block_size
     for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
         if is_asked and not is_same:
@@ -304,6 +332,11 @@ def _check_rl(config: Config) -> None:
             f"model.value_shared: got true beside model.value_base_model={m.value_base_model}: the value head sits on the "
             "policy's trunk or on a model of its own, give only one of them"
         )
+    if m.value_shared and config.experiment.train_value_every != 1:
+        raise UserError(
+            f"experiment.train_value_every: got {config.experiment.train_value_every}, but with model.value_shared the value head is "
+            "trained by the policy's own update: leave it out"
+        )
     if r.num_response_per_task == 1 and not has_value:
         raise UserError(
             "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
@@ -326,6 +359,9 @@ def _check_rl(config: Config) -> None:
 
 def _check_sft(config: Config) -> None:
     t = config.training
+    for key in ["value_base_model", "value_shared"]:
+        if getattr(config.model, key):
+            raise UserError(f"model.{key}: got {getattr(config.model, key)!r}, but finetuning has no value model: leave it out")
     if t.validation_share and config.dataset.validation_data is not None:
         raise UserError(
             f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "

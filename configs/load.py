@@ -58,14 +58,29 @@ def load_config(job: Job, argv: Sequence[str] | None = None) -> Config:
     arguments = list(sys.argv[1:] if argv is None else argv)
     if "--help" in arguments or "-h" in arguments:
         _print_and_leave(help_text(job))
-    path, overrides, print_config = _parse_arguments(job, arguments)
-    layers = [(_read_yaml(path), f"in {path}"), (overrides, "on the command line")]
-    config = merge(job, layers)
+    config = read_config(job, arguments)
     load_plugins(config)
     check(config, job)
-    if print_config:
+    export_environment(config)
+    if "--print-config" in arguments:
         _print_and_leave(to_yaml(config).rstrip())
     return config
+
+
+def read_config(job: Job, arguments: Sequence[str]) -> Config:
+    """The config of a job with its defaults resolved, its values unchecked and its plugins not imported. Raises UserError."""
+    path, overrides = _parse_arguments(job, arguments)
+    return merge(job, [(_read_yaml(path), f"in {path}"), (overrides, "on the command line")])
+
+
+def export_environment(config: Config) -> None:
+    """`system` into the environment of this process and those that it starts, before a library is imported that reads it."""
+    system = config.system
+    if system.HTTP_PROXY is not None:
+        # Libraries differ in which of these they read, and where they read both the lower case one counts.
+        os.environ.update(dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"], system.HTTP_PROXY))
+    if system.HF_HOME is not None:
+        os.environ["HF_HOME"] = system.HF_HOME
 
 
 def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
@@ -155,12 +170,12 @@ def _print_and_leave(text: str) -> NoReturn:
 # What is read ---------------------------------------------------------------------------------------------------------
 
 
-def _parse_arguments(job: Job, arguments: list[str]) -> tuple[Path, dict[str, Any], bool]:
-    path, overrides, print_config = None, {}, False
+def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str, Any]]:
+    path, overrides = None, {}
     for argument in arguments:
         key, equals, text = argument.partition("=")
         if argument == "--print-config":
-            print_config = True
+            continue
         elif argument.startswith("-"):
             raise UserError(f"{argument}: unknown option{did_you_mean(argument, ['--print-config', '--help'])}")
         elif not equals or not key:
@@ -173,7 +188,7 @@ def _parse_arguments(job: Job, arguments: list[str]) -> tuple[Path, dict[str, An
         raise UserError(f"config=FILE.yaml is missing: choose one of {_shipped(job)}, or --help")
     for candidate in [Path(path), ROOT / path]:
         if candidate.is_file():
-            return candidate if candidate == Path(path) else Path(os.path.relpath(candidate)), flatten(overrides), print_config
+            return candidate if candidate == Path(path) else Path(os.path.relpath(candidate)), flatten(overrides)
     raise UserError(f"config={path}: no such file; there are {_shipped(job)}")
 
 
@@ -331,6 +346,7 @@ MAY_CHANGE = (
     "reward.judge.concurrency",
     "reward.judge.timeout_seconds",
     "reward.judge.retry_seconds",
+    "system.",
     "wandb.",
     "logging.",
 )
@@ -340,8 +356,8 @@ def config_difference(saved: str, config: Config) -> list[str]:
     """Settings in which a run directory's config.yaml (its text) and `config` differ: "training.eps: 0.2 there, 0.3 here".
 
     Ignored, because a run may go on with others: experiment.{start_from_scratch, current_epoch, num_node, node_index,
-    num_processes}, where and how patiently the judge is asked, wandb.*, logging.*. A setting that the file does not have
-    counts as its default.
+    num_processes}, where and how patiently the judge is asked, system.*, wandb.*, logging.*. A setting that the file does not have
+    counts as its default; one that has no use here any more does not count.
     """
     there = flatten(OmegaConf.to_container(OmegaConf.load(io.StringIO(saved))))
     here = flatten(dataclasses.asdict(config))
@@ -349,5 +365,5 @@ def config_difference(saved: str, config: Config) -> list[str]:
     return [
         f"{key}: {there.get(key, defaults.get(key))!r} there, {here.get(key, 'unknown')!r} here"
         for key in sorted(here.keys() | there.keys())
-        if not key.startswith(MAY_CHANGE) and there.get(key, defaults.get(key)) != here.get(key, "unknown")
+        if not key.startswith(MAY_CHANGE) and key not in UNUSED and there.get(key, defaults.get(key)) != here.get(key, "unknown")
     ]

@@ -37,10 +37,17 @@ UNUSED = {
     "system.base_dir": "processes start where the launcher starts",
     "rollout.tensor_parallel_size": "every process holds an engine of its own",
     "evaluation.tensor_parallel_size": "every process holds an engine of its own",
+    "rollout.deterministic": "prompts are always dealt out by index",
+    "evaluation.deterministic": "prompts are always dealt out by index",
+    "rollout.output_unmasking_history": "step maps are always kept",
+    "evaluation.output_unmasking_history": "step maps are always kept",
     "evaluation.num_task_per_step": "all tasks are evaluated",
     "optimizer.params.scale_lr": "the learning rate is taken as given",
 }
 """Settings of the reference that are accepted and do nothing, and why."""
+
+_DONE_ANYWAY = {"output_unmasking_history": True}
+"""Values of them that are no news: what is asked for is done."""
 
 _EVALUATION_FIELDS = {f.name for f in dataclasses.fields(Evaluation)}
 _LISTS = {f"evaluation.{name}" for name in ["remasking_strategy", "top_k", "block_size"]}
@@ -75,7 +82,7 @@ def canonical(settings: dict[str, Any], job: str) -> tuple[dict[str, Any], list[
     rename = _renamer(job)
     result: dict[str, Any] = {}
     given_as: dict[str, str] = {}
-    unused = [key for key in settings if key in UNUSED]
+    unused = [key for key, value in settings.items() if key in UNUSED and value != _DONE_ANYWAY.get(key.rpartition(".")[2])]
     # Keys under their own name come last and win, in evaluation jobs `evaluation.x` over `rollout.x`.
     order = sorted(set(settings) - set(UNUSED), key=lambda key: (key.startswith("evaluation."), canonical_key(key, job) == key))
     for given in order:

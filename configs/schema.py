@@ -102,10 +102,10 @@ class Dataset:
 
 @dataclass
 class System:
-    """Environment variables of the processes on other machines."""
+    """Environment variables, set at the start of every process. Null: as they are."""
 
     HTTP_PROXY: str | None = None
-    """Proxy for downloads."""
+    """Proxy for downloads, for http and https."""
     HF_HOME: str | None = None
     """Cache of the Hugging Face libraries."""
 
@@ -158,10 +158,6 @@ class Decoding:
     """Begin the answer with a think tag."""
     stop_token_list: list[str] = field(default_factory=list)
     """Tokens that end a response, besides the family's own."""
-    output_unmasking_history: bool = True
-    """Evaluation: keep step maps for the trace viewer."""
-    deterministic: bool = False
-    """Assign prompts to ranks by index instead of by the shared queue."""
 
     @property
     def max_response_length(self) -> int:
@@ -331,8 +327,9 @@ class Training:
     """KL to the policy that sampled, or to the frozen start."""
     use_kl_estimator_k3: bool = True
     """KL as exp(d) - d - 1 (k3); False: as the difference of log-probabilities (k1)."""
-    advantage: Literal["zscore", "mean_only", "rloo"] = "zscore"
-    """Reward against its group: (r - mean)/std, r - mean, or r - mean of the others. A value model takes its place."""
+    advantage: str = "zscore"
+    """Reward against its group, a name in reward/advantages.py. Zscore: (r - mean)/std; mean_only: r - mean; rloo: r - mean of the
+    others. A value model takes its place."""
     gam: float = 1.0
     """Value model: discount per denoising step."""
     lam: float = 1.0

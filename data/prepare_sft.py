@@ -264,10 +264,7 @@ def read_tokenizer(name: str) -> Any:
     """The tokenizer of a model directory or hub name. Raises UserError."""
     from models.checkpoint import find_directory, load_tokenizer
 
-    try:
-        path = find_directory(name)
-    except UserError as error:
-        raise UserError(str(error).replace("model.pretrained_model", "--tokenizer", 1)) from error
+    path = find_directory(name, "--tokenizer")
     tokenizer = load_tokenizer(path)
     if tokenizer is None:
         raise UserError(f"--tokenizer: {path} has none: name a model directory that holds tokenizer.json")

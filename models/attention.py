@@ -95,8 +95,11 @@ def masked_attention(mask: Tensor) -> Attend:
 def _compiled_flex():
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
+    # One compilation for every pack size, with and without gradient. Beyond its limit dynamo would fall back, in silence, to an
+    # unfused version that holds all scores; with fullgraph that is an error.
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     # Compiled separately, so that a new mask over packs of one size compiles nothing.
-    return torch.compile(flex_attention, dynamic=False), torch.compile(create_block_mask, dynamic=False)
+    return tuple(torch.compile(f, dynamic=False, fullgraph=True) for f in (flex_attention, create_block_mask))
 
 
 def flex_attention(ids: TokenIds) -> Attend:

@@ -73,19 +73,19 @@ class Pretrained:
         return sorted({self.mask_id, *range(known, vocab_size)})
 
 
-def find_directory(name: str) -> Path:
-    """A local directory as it is, a hub name as its downloaded snapshot. Raises UserError."""
+def find_directory(name: str, setting: str = "model.pretrained_model") -> Path:
+    """A local directory as it is, a hub name as its downloaded snapshot. Raises UserError blaming `setting`."""
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not is_adapter(path):
             raise UserError(
-                f"model.pretrained_model: {name} has no config.json, nor {ADAPTER_CONFIG}: name a Hugging Face model directory"
+                f"{setting}: {name} has no config.json, nor {ADAPTER_CONFIG}: name a Hugging Face model directory"
             )
         return path
     if path.exists():
-        raise UserError(f"model.pretrained_model: {name} is a file: name the directory that holds config.json")
+        raise UserError(f"{setting}: {name} is a file: name the directory that holds config.json")
     if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"model.pretrained_model: no directory {name}: give an existing directory or a hub name (owner/name)")
+        raise UserError(f"{setting}: no directory {name}: give an existing directory or a hub name (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
@@ -93,7 +93,7 @@ def find_directory(name: str) -> Path:
     except Exception as error:  # the hub raises a dozen kinds: all mean that the model is not to be had
         reason = str(error).strip().splitlines()[0]
         raise UserError(
-            f"model.pretrained_model: {name} is neither a directory here nor to be had from the hub "
+            f"{setting}: {name} is neither a directory here nor to be had from the hub "
             f"({type(error).__name__}: {reason}): download it and give its path"
         ) from error
 
@@ -157,8 +157,10 @@ def load_pretrained(
     seed: int = 0,
     ignore: tuple[str, ...] = (),
     check: Callable[[Pretrained], None] = lambda model: None,
+    setting: str = "model.pretrained_model",
 ) -> Pretrained:
-    """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random"; `ignore` as in `load_weights`.
+    """Read a checkpoint. `seed` makes the weights of the reserved name "tiny-random"; `ignore` as in `load_weights`; `setting` is
+    the config key that gave the name.
 
     `check` is called with the model before its weights are read: what raises there is known at once. A LoRA adapter in peft's
     format is read with the base that it names. Raises UserError naming what is wrong.
@@ -170,9 +172,9 @@ def load_pretrained(
         model = build_tiny(family, seed=seed, dtype=dtype, device=device)
         check(model)
         return model
-    path = find_directory(name)
+    path = find_directory(name, setting)
     if is_adapter(path):
-        model = load_base(path, model_base, dtype, device, seed, ignore, check)
+        model = load_base(path, model_base, dtype, device, seed, ignore, check, setting)
         load_adapter(model, path, ignore)
         return model
     try:

@@ -97,7 +97,10 @@ class Head(nn.Module):
 
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(c.vocab_size, c.hidden_size))
+        weight = torch.empty(c.vocab_size, c.hidden_size)
+        if not weight.is_meta:
+            nn.init.normal_(weight, std=c.hidden_size**-0.5)
+        self.weight = nn.Parameter(weight)
 
     def forward(self, hidden: Tensor, project: Callable[[Tensor, Tensor], object] = F.linear) -> object:
         """`project(hidden [M, D], weight [V, D])`: plain logits, or the trainer's chunked log-probs (train/logprobs.py)."""
@@ -110,8 +113,10 @@ class Decoder(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
         self.config = c
-        # from_pretrained draws no initial weights, which on the meta device would import torch._dynamo: a second at every start.
-        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab_size, c.hidden_size), freeze=False)
+        embedding = torch.empty(c.vocab_size, c.hidden_size)
+        if not embedding.is_meta:  # drawing on the meta device would import torch._dynamo: a second at every start
+            nn.init.normal_(embedding)
+        self.embed = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.layers = nn.ModuleList(Layer(c) for _ in range(c.num_layers))
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.lm_head = Head(c)

@@ -14,6 +14,8 @@ from models.lora import read_extra
 
 VALUE_HEAD = "value_head.weight"
 """Its published name, [1, D]."""
+SETTING = "model.value_base_model"
+"""The config key that names the checkpoint."""
 
 
 class ValueModel(nn.Module):
@@ -43,7 +45,7 @@ def load_value_model(
     name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[Pretrained, ValueModel]:
     """A value model from a checkpoint: its own head where it has one, else a head of zeros."""
-    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD, "lm_head.weight"))
+    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD, "lm_head.weight"), setting=SETTING)
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
     if pretrained.adapter is not None:

@@ -49,21 +49,25 @@ def is_overlong(num_response: int, max_response: int, margin: int | None) -> boo
 
 
 def drop_reason(
-    rewards: Sequence[float], correct: Sequence[bool | None], keep_solve_rate: tuple[float, float] = (0.0, 1.0)
+    rewards: Sequence[float],
+    correct: Sequence[bool | None],
+    keep_solve_rate: tuple[float, float] = (0.0, 1.0),
+    has_critic: bool = False,
 ) -> str | None:
     """Why a group is not trained on ("solve rate above 0.8", "all rewards equal"), or None where it is.
 
     The reasons are few, whatever the rewards: metrics count dropped groups by reason.
     The solve rate counts `correct`; it filters nothing where a response's correctness is unknown (None).
+    has_critic: advantages are against a value model, which equal rewards teach as well as others, and a group may be one response.
     """
     low, high = keep_solve_rate
-    if all(c is not None for c in correct):
+    if all(c is not None for c in correct) and not (has_critic and len(correct) == 1):
         rate = sum(map(bool, correct)) / len(correct)
         if rate > high + SOLVE_RATE_TOLERANCE:
             return f"solve rate above {high:g}"
         if rate < low - SOLVE_RATE_TOLERANCE:
             return f"solve rate below {low:g}"
-    if all_equal(np.asarray(rewards, dtype=np.float64)):
+    if not has_critic and all_equal(np.asarray(rewards, dtype=np.float64)):
         return "all rewards equal"
     return None
 
@@ -91,11 +95,12 @@ def filter_groups(
     correct: Sequence[bool | None],
     task_ids: Sequence[str],
     keep_solve_rate: tuple[float, float] = (0.0, 1.0),
+    has_critic: bool = False,
 ) -> list[str | None]:
     """For every response, why its group is dropped, or None: one entry per response."""
     result: list[str | None] = [None] * len(rewards)
     for members in group_indices(task_ids).values():
-        reason = drop_reason([rewards[n] for n in members], [correct[n] for n in members], keep_solve_rate)
+        reason = drop_reason([rewards[n] for n in members], [correct[n] for n in members], keep_solve_rate, has_critic)
         for n in members:
             result[n] = reason
     return result

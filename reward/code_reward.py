@@ -37,9 +37,7 @@ class CodeChecker:
     """Runs programs against tests. A job is one program with function tests, or one program and one input."""
 
     def __init__(self, num_at_a_time: int = 128, memory_mb: int = 1024, use_namespaces: bool = True) -> None:
-        self.pool = WorkerPool(
-            "reward.sandbox:run_job", min(num_at_a_time, cores_of_process()), BACKSTOP_SECONDS, MEMORY_OF_WORKER
-        )
+        self.pool = WorkerPool("reward.sandbox:run_job", min(num_at_a_time, cores_of_process()), BACKSTOP_SECONDS, MEMORY_OF_WORKER)
         self.common = {"memory_bytes": memory_mb << 20, "use_namespaces": use_namespaces}
         self.is_probed = False
 

@@ -110,7 +110,7 @@ class Codec:
             return value
         if len(value) != 1:
             raise Closed("not a value")
-        (name, body), = value.items()
+        ((name, body),) = value.items()
         if name in ("r", "o"):
             return self.resolve(name, body)
         try:

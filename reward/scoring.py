@@ -65,6 +65,7 @@ class Scorer:
         # It shapes what is learnt; evaluations report the reward as it is.
         self.penalty_tokens = config.reward.overlong_penalty_tokens if decoding is None else 0
         self.advantage = config.training.advantage
+        self.has_critic = config.model.value_shared or config.model.value_base_model is not None
         self.reward = make_reward(config.dataset.data_type, config.reward, config)
         # An evaluation counts right answers: there the judge is asked only where nothing else scores.
         if judge_is_set(config) and (decoding is None or not self.reward.has_outcome):
@@ -104,7 +105,7 @@ class Scorer:
         task_ids = [rollout.task_id for rollout in rollouts]
         advantages = group_advantages(rewards, task_ids, self.advantage)
         bounds = self.keep_solve_rate if self.reward.filter_by_solve_rate else (0.0, 1.0)
-        dropped = filter_groups(rewards, correct, task_ids, bounds)
+        dropped = filter_groups(rewards, correct, task_ids, bounds, self.has_critic)
         return [
             ScoredRollout(
                 **{name: getattr(rollout, name) for name in ROLLOUT_FIELDS},

@@ -17,6 +17,7 @@ from torch import Tensor
 from common.errors import UserError
 from models.decoder import Attend
 from models.family import DecoderConfig
+from models.memory import free_memory
 
 GIB = 2**30
 MEMORY_SHARE = 0.9
@@ -118,7 +119,8 @@ class KVCache:
     def copy(self, sources: list[int], targets: list[int], length: int) -> None:
         """Copy the first `length` entries of slots `sources` to slots `targets`, all layers."""
         for x in (self.k, self.v):
-            x[:, targets, :length] = x[:, sources, :length]
+            for layer in x:  # one at a time: the copy in between is as large as what is copied
+                layer[targets, :length] = layer[sources, :length]
 
 
 def fold(q: Tensor, num_items: int, num_kv_heads: int) -> Tensor:
@@ -141,8 +143,7 @@ def slots_that_fit(config: DecoderConfig, wanted: int, length: int, dtype: torch
     if device.type != "cuda":
         return wanted
     slot_bytes = 2 * config.num_layers * length * config.num_kv_heads * config.head_dim * dtype.itemsize
-    free, _ = torch.cuda.mem_get_info(device)
-    free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    free = free_memory(device)
     fitting = int(MEMORY_SHARE * free / slot_bytes)
     if fitting < 1:
         raise UserError(

@@ -33,6 +33,8 @@ class Tables:
     """None: old_logprobs."""
     engine_logprobs: np.ndarray | None = None
     """As sampled; None where nothing was (SFT, masks that sampling never saw)."""
+    is_first: bool = True
+    """Whether these weights are still those that sampled: only then is the gap to the engine's log-probs rounding alone."""
 
     def pick(self, columns: Columns, outputs: tuple[Tensor, ...]) -> ObjectiveInput:
         """The rows of a pack. Filler predictions get weight 0: they count nothing, but keep the graph whole."""
@@ -52,8 +54,8 @@ class Tables:
     def diagnose(self, x: ObjectiveInput, outputs: tuple[Tensor, ...]) -> Measures:
         """Entropy, and how far engine and trainer log-probs are apart: rounding only, if what is trained is what was sampled."""
         measures = Measures({"entropy": outputs[1].sum()})
-        if self.engine_logprobs is not None:
-            gap = x.old_logprobs - x.engine_logprobs
+        if self.engine_logprobs is not None and self.is_first:
+            gap = x.logprobs.detach() - x.engine_logprobs
             measures.sums["gap/logprob_mean"] = gap.abs().sum()
             measures.sums["gap/k3"] = kl_estimate(-gap, torch.zeros_like(gap), k3=True).sum()
             measures.extremes["gap/logprob_max"] = gap.abs().max()
@@ -140,9 +142,10 @@ class Trainer:
 
     def offload(self) -> Offloaded:
         """Take weights, gradients and optimizer states off the GPU until the result's `restore` is called."""
+        device_type = self.accelerator.device.type
         if dist.uses_deepspeed(self.accelerator):
-            return Offloaded([self.module.module, self.module.optimizer, self.optimizer])
-        return Offloaded([self.module, self.optimizer])
+            return Offloaded([self.module.module, self.module.optimizer, self.optimizer], device_type)
+        return Offloaded([self.module, self.optimizer], device_type)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the main process; all ranks together."""
@@ -174,7 +177,7 @@ class OnDevice:
     """The arrays of a dataclass of tables on the device; those that are None are left out."""
 
     def __init__(self, tables: Any, device: torch.device) -> None:
-        arrays = {name: value for name, value in vars(tables).items() if value is not None and len(value)}
+        arrays = {name: value for name, value in vars(tables).items() if isinstance(value, np.ndarray) and len(value)}
         self.columns = {name: torch.as_tensor(value, dtype=torch.float32).to(device) for name, value in arrays.items()}
 
     def rows_of(self, pack: Pack) -> Columns:
@@ -228,11 +231,11 @@ def merge_results(results: list[StepResult], group: str = "train") -> dict[str, 
         return metrics
     for name in ("loss", "gradient_norm", "learning_rate"):
         metrics[f"{group}/{name}"] = float(np.mean([getattr(r, name) for r in results]))
-    for name in results[0].means:
-        metrics[name if "/" in name else f"{group}/{name}"] = float(np.mean([r.means[name] for r in results]))
+    for name in results[0].means:  # the first has them all: some are measured there only
+        metrics[name if "/" in name else f"{group}/{name}"] = float(np.mean([r.means[name] for r in results if name in r.means]))
     for name in results[0].extremes:
         keep = min if name.endswith("_min") else max
-        metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in results)
+        metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in results if name in r.extremes)
     metrics[f"{group}/num_updates"] = float(len(results))
     for name in ("num_tokens", "num_predictions"):
         metrics[f"{group}/{name}"] = float(sum(getattr(r, name) for r in results))

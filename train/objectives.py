@@ -1,4 +1,5 @@
-"""Objectives: what an update minimises, as a weighted sum over predictions. A new one is one function and one registry line.
+"""Objectives: what an update minimises, as a weighted sum over predictions. A new one is one function and one line in
+train/registry.py.
 
 Global normalisation: a weight is 1 over numbers that are known before the step (counts over all micro-batches and ranks), so the
 loss of the step is the plain sum of the losses of its parts, however they are cut:
@@ -15,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from common.registry import Registry
 from train.packing import Predictions
+from train.registry import OBJECTIVES  # noqa: F401  (plugins register theirs by this name)
 
 CLAMP = 10.0
 """Bound on log-ratios before they are exponentiated."""
@@ -59,8 +60,6 @@ class ObjectiveOutput:
 Objective = Callable[[ObjectiveInput, Any], ObjectiveOutput]
 """(input, the config's `training` section) -> output."""
 
-OBJECTIVES: Registry[Objective] = Registry("objective")
-
 
 def kl_estimate(logprobs: Tensor, other: Tensor, k3: bool) -> Tensor:
     """Per-token estimate of KL(policy || other) from tokens of the policy; d = logprobs - other.
@@ -71,7 +70,6 @@ def kl_estimate(logprobs: Tensor, other: Tensor, k3: bool) -> Tensor:
     return torch.exp((-d).clamp(-CLAMP, CLAMP)) - 1 + d if k3 else d
 
 
-@OBJECTIVES.register("clipped")
 def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
     """The clipped surrogate of TraceRL (arXiv 2509.06949). Minimise
 
@@ -101,7 +99,6 @@ def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
         )
 
 
-@OBJECTIVES.register("likelihood")
 def likelihood(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
     """Supervised finetuning: minimise -sum w logp."""
     nll = -x.logprobs

@@ -38,7 +38,7 @@ def tensors_in(thing: Any, seen: set[int]) -> Iterator[Tensor]:
 class Offloaded:
     """The storages of some things, on the host until `restore`."""
 
-    def __init__(self, things: list[Any], device_type: str = "cuda") -> None:
+    def __init__(self, things: list[Any], device_type: str) -> None:
         """Empties the storages on devices of that type. Nothing may compute with them until `restore`."""
         self.copies: list[tuple[torch.UntypedStorage, torch.UntypedStorage]] = []
         known: set[int] = set()
@@ -53,6 +53,8 @@ class Offloaded:
             self.copies.append((storage, storage.cpu() if device_type != "cpu" else storage.clone()))
         for storage, _ in self.copies:
             storage.resize_(0)
+        if device_type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def num_bytes(self) -> int:

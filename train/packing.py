@@ -9,6 +9,7 @@ Shapes: S slices, B block size, N tokens of a pack, M predictions of a pack.
 
 from __future__ import annotations
 
+import heapq
 from dataclasses import dataclass, fields
 
 import numpy as np
@@ -147,38 +148,31 @@ def split_long(document: Document, max_tokens: int) -> list[Document]:
 def assign(documents: list[Document], max_tokens: int, num_ranks: int) -> list[list[list[Document]]]:
     """Documents -> for every rank a list of micro-batches, the same number on each: [rank][micro-batch][document].
 
-    First-fit decreasing into as few packs of `max_tokens` as it finds, then packs dealt out by falling size to the rank with the
-    fewest tokens. A rank may be left with an empty micro-batch.
+    As few micro-batches per rank as hold the tokens, and these filled evenly: parts go, longest first, to the one with the fewest
+    tokens. With fewer parts than ranks a rank is left with an empty micro-batch.
     """
     parts = [part for document in documents for part in split_long(document, max_tokens)]
     parts.sort(key=lambda d: -d.num_tokens)  # stable: equal ones stay in order
-    packs: list[list[Document]] = []
-    room: list[int] = []
-    first_open = 0
+    per_rank = -(-sum(part.num_tokens for part in parts) // (max_tokens * num_ranks))
+    while (bins := deal(parts, max_tokens, per_rank * num_ranks)) is None:
+        per_rank += 1
+    return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+def deal(parts: list[Document], max_tokens: int, num_bins: int) -> list[list[Document]] | None:
+    """Parts, longest first, each into the bin with the fewest tokens; None where one does not fit.
+
+    A part that alone is longer than `max_tokens` (one slice with its prefix) fits into an empty bin.
+    """
+    bins: list[list[Document]] = [[] for _ in range(num_bins)]
+    loads = [(0, i) for i in range(num_bins)]  # a heap
     for part in parts:
-        tokens = part.num_tokens
-        for i in range(first_open, len(packs)):
-            if room[i] >= tokens:
-                break
-        else:
-            i = len(packs)
-            packs.append([])
-            room.append(max_tokens)
-        packs[i].append(part)
-        room[i] -= tokens
-        smallest = parts[-1].num_tokens
-        while first_open < len(packs) and room[first_open] < smallest:
-            first_open += 1
-    share = -(-len(packs) // num_ranks)
-    ranks: list[list[list[Document]]] = [[] for _ in range(num_ranks)]
-    load = [0] * num_ranks
-    for i in sorted(range(len(packs)), key=lambda i: room[i]):
-        rank = min((r for r in range(num_ranks) if len(ranks[r]) < share), key=lambda r: load[r])
-        ranks[rank].append(packs[i])
-        load[rank] += max_tokens - room[i]
-    for own in ranks:
-        own += [[] for _ in range(share - len(own))]
-    return ranks
+        load, i = loads[0]
+        if load and load + part.num_tokens > max_tokens:
+            return None
+        bins[i].append(part)
+        heapq.heapreplace(loads, (load + part.num_tokens, i))
+    return bins
 
 
 @dataclass

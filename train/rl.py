@@ -116,6 +116,7 @@ class PolicyUpdate:
             tables.weights = np.zeros(len(predictions))
             tables.weights[own] = token_weights(predictions.select(own), training.loss_weighting, longest, training.max_gen_length)
             tables.kl_weights = tables.weights
+            tables.is_first = index == 0
             progress = (step - 1 + index / len(parts)) / self.config.experiment.total_step
             if self.value is not None and self.value.is_due(step):
                 value_results += self.value.step(part, critic, tables.weights, progress)

@@ -17,6 +17,7 @@ from common import dist
 from common.records import ScoredRollout
 from models.attention import attention_backend
 from models.lora import prepare_for_training
+from models.memory import free_memory_share
 from models.value import ValueModel, load_value_model, save_value_model
 from train.loop import Columns, StepResult, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveOutput
@@ -163,13 +164,11 @@ class ValueUpdate:
     def rest(self) -> None:
         """Before the rollout: leave the GPU if `model.value_offload` says so."""
         choice, device = self.config.model.value_offload, self.trainer.accelerator.device
-        if device.type != "cuda" or choice == "never":
+        if self.offloaded is not None or choice == "never":  # a step may have several rounds of rollouts
             return
-        free, total = torch.cuda.mem_get_info(device)
         # Every rank decides for itself: nothing here is collective.
-        if choice == "always" or free < total / 3:
+        if choice == "always" or free_memory_share(device) < 1 / 3:
             self.offloaded = self.trainer.offload()
-            torch.cuda.empty_cache()
 
     def wake(self) -> None:
         """Behind the rollout."""

@@ -57,3 +57,10 @@ def test_is_overlong():
     assert [is_overlong(n, 200, 5) for n in (194, 195, 200)] == [False, True, True]
     assert not is_overlong(200, 200, -1) and not is_overlong(200, 200, None)
     assert is_overlong(200, 200, 0) and not is_overlong(199, 200, 0)
+
+
+def test_a_critic_learns_from_equal_rewards_and_from_single_responses():
+    assert drop_reason([1.0, 1.0], [None, None]) == "all rewards equal"
+    assert drop_reason([1.0, 1.0], [None, None], has_critic=True) is None
+    assert drop_reason([1.0], [True], (0.2, 0.8), has_critic=True) is None
+    assert drop_reason([1.0, 1.0], [True, True], (0.2, 0.8), has_critic=True) == "solve rate above 0.8"

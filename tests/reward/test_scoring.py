@@ -29,6 +29,7 @@ def config(data_type="exact", function=None, margin=5, keep=(0.2, 0.8), advantag
             timeout_seconds=5.0,
         ),
         training=SimpleNamespace(advantage=advantage),
+        model=SimpleNamespace(value_base_model=None, value_shared=False),
         rollout=SimpleNamespace(max_response_length=max_token),
     )
 

@@ -81,7 +81,9 @@ def test_decodings_equal_the_slow_sampler(decoding: dict) -> None:
 
 def test_rollouts_do_not_depend_on_what_is_in_flight(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = random_decoder(2)
-    requests = random_requests([5, 0, 12, 3, 8, 9, 21, 4], num_samples=5)
+    # No empty prompt: the positions of its first block have one distribution, so their scores tie but for rounding, and
+    # logits are not promised to be bit-equal across batch shapes.
+    requests = random_requests([5, 1, 12, 3, 8, 9, 21, 4], num_samples=5)
     s = settings(strategy="low_confidence_dynamic", threshold=0.3, max_tokens=18)
     expected = [r for request in requests for r in build_engine(decoder, SDAR).generate([request], s)]
     assert [(r.task_id, r.sample) for r in expected] == [(request.task_id, n) for request in requests for n in range(5)]

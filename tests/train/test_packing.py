@@ -115,6 +115,30 @@ def test_assign_keeps_the_budget_and_gives_every_rank_as_many_packs():
     assert slices == sum(len(d.trace.block) for d in documents)
 
 
+def equal_documents(count, num_blocks):
+    """`count` responses of so many blocks of 4, one step each: 8 tokens a block, less the last clean one."""
+    out = []
+    for index in range(count):
+        n = 4 * num_blocks
+        r = Response(np.zeros(0, np.int64), np.zeros(n, np.int64), n, np.repeat(np.arange(1, num_blocks + 1), 4))
+        out.append(build_document(index, r, trace_slices(r, 4, TRAINING, None), 4))
+    return out
+
+
+@pytest.mark.parametrize(
+    "count, num_ranks, micro_batches, makespan", [(8, 8, 1, 1), (16, 8, 1, 2), (36, 8, 2, 5), (3, 8, 1, 1), (9, 1, 3, 9)]
+)
+def test_tokens_are_spread_evenly_over_ranks(count, num_ranks, micro_batches, makespan):
+    """makespan: documents on the fullest rank; a pack has room for four."""
+    documents = equal_documents(count, num_blocks=5)
+    size = documents[0].num_tokens
+    assert size == 4 * 4 + 5 * 4
+    ranks = assign(documents, 4 * size, num_ranks)
+    assert {len(packs) for packs in ranks} == {micro_batches}
+    assert max(sum(len(pack) for pack in packs) for packs in ranks) == makespan
+    assert sorted(d.response for packs in ranks for pack in packs for d in pack) == list(range(count))
+
+
 def test_a_long_document_is_split_by_slices():
     documents, _ = random_documents(4, count=6, seed=2)
     documents = [max(documents, key=lambda d: len(d.trace.block))]

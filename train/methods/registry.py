@@ -13,7 +13,7 @@ class Method:
     trace: str
     """Name in train.traces.TRACES: what is masked."""
     objective: str
-    """Name in train.objectives.OBJECTIVES: what is minimised."""
+    """Name in train.registry.OBJECTIVES: what is minimised."""
     stage: Literal["rl", "sft"]
     """Which job it belongs to."""
     follows_steps: bool = False
