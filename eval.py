@@ -15,7 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Callable
 
 from common.errors import entry_point
 from common.launch import launch, needs_launch
@@ -43,6 +43,7 @@ def run(config: Any, tasks: list[Task]) -> None:
     from sample.engine import build_engine
 
     accelerator = dist.make_accelerator(config, trains=False)
+    dist.set_numerics(config, accelerator.device)
     model = load_pretrained(
         config.model.pretrained_model,
         config.model.model_base,
@@ -106,13 +107,32 @@ class EvalResult:
 class Evaluator:
     """Evaluates the weights that its engine holds, as often as it is called."""
 
-    def __init__(self, config: Any, model: Any, engine: Any, accelerator: Any, tasks: list[Task]) -> None:
+    def __init__(
+        self,
+        config: Any,
+        model: Any,
+        engine: Any,
+        accelerator: Any,
+        tasks: list[Task],
+        refresh: Callable[[int], None] = lambda weights_version: None,
+    ) -> None:
+        """refresh: gives the engine the weights of that version, before they are evaluated; all ranks together."""
         from reward.scoring import Scorer
 
         self.config, self.model, self.engine, self.accelerator = config, model, engine, accelerator
-        self.tasks = tasks
+        self.tasks, self.refresh = tasks, refresh
         self.scorer = Scorer(config, {task.id: task for task in self.tasks}, model.tokenizer, config.evaluation)
         self.variants = named_variants(config.evaluation)
+
+    @classmethod
+    def for_run(cls, run: Any, tasks: list[Task]) -> Evaluator:
+        """Of a training run (train/run.py) that has no engine of its own: with one over the weights that it trains."""
+        from sample.engine import build_engine
+        from train.engine_weights import EngineWeights
+
+        weights = EngineWeights(run.accelerator, run.model)
+        engine = build_engine(weights.decoder, run.model.family, max_active=run.config.rollout.max_active)
+        return cls(run.config, run.model, engine, run.accelerator, tasks, weights.refresh)
 
     @staticmethod
     def check(config: Any, model: Any) -> None:
@@ -124,6 +144,7 @@ class Evaluator:
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
         """One result per decoding, the same on every rank."""
+        self.refresh(weights_version)
         return [self.evaluate(name, decoding, weights_version) for name, decoding in self.variants.items()]
 
     def evaluate(self, name: str, decoding: Any, weights_version: int) -> EvalResult:
@@ -171,7 +192,7 @@ class Evaluator:
 
 
 def named_variants(evaluation: Any) -> dict[str, Any]:
-    """The decodings to run; a name says what differs between them."""
+    """The decodings to run; a name says what differs between them, and the number where nothing does."""
     variants = evaluation.variants()
     varied = [key for key in ("remasking_strategy", "top_k", "block_size") if len({str(getattr(v, key)) for v in variants}) > 1]
 
@@ -180,7 +201,12 @@ def named_variants(evaluation: Any) -> dict[str, Any]:
         words += [f"{key}{getattr(decoding, key)}" for key in varied if key != "remasking_strategy"]
         return "-".join(words)
 
-    return {name(v): v for v in variants}
+    named: dict[str, Any] = {}
+    for variant in variants:
+        first = name(variant)
+        number = sum(name(other) == first for other in named.values())
+        named[first if not number else f"{first}-{number + 1}"] = variant
+    return named
 
 
 def solve_rates(scored: list[ScoredRollout], task_ids: list[str], k: int) -> dict[str, float | None]:

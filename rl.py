@@ -110,9 +110,7 @@ class RLRun:
         self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
         self.evaluator = None
         if eval_tasks is not None:
-            self.evaluator = Evaluator(
-                config, model, self.engine, self.run.accelerator, eval_tasks, self.engine_weights.refresh
-            )
+            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks, self.engine_weights.refresh)
         self.step_metrics: dict[str, float] = {}
         self.run.resume(lambda extra: self.cursor.restore(extra["cursor"]))
 

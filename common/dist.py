@@ -61,6 +61,14 @@ def weights_dtype(config: Config) -> torch.dtype:
     return {"float32": torch.float32, "bfloat16": torch.bfloat16}[name]
 
 
+def set_numerics(config: Config, device: torch.device) -> None:
+    """Precision of float32 products, and threads."""
+    torch.set_float32_matmul_precision("high" if config.training.enable_tf32 and device.type == "cuda" else "highest")
+    if device.type == "cpu":
+        # Small models gain nothing from a second thread, and lose much where processes share the cores.
+        torch.set_num_threads(1)
+
+
 def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     """The accelerator of this process: plain, DDP, or DeepSpeed ZeRO-1/2/3; CPU (gloo) or GPU (nccl); launched or alone.
 

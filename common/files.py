@@ -46,6 +46,24 @@ def replace_directory(new: Path, folder: Path) -> None:
     shutil.rmtree(_aside(folder), ignore_errors=True)
 
 
+def link_directory(source: Path, folder: Path) -> None:
+    """Make `folder` another name of what is in `source`, file by file (hard links; copies where there are none), in the place of
+    the directory there may be. Both are then replaced as a whole and never written into, or the other would change too."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, copy_function=_link)
+    replace_directory(partial, folder)
+
+
+def _link(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError as error:
+        if error.errno not in (*_CANNOT, errno.EMLINK, errno.EXDEV):
+            raise
+        shutil.copyfile(source, target)
+
+
 def _aside(folder: Path) -> Path:
     return folder.with_name(f".{folder.name}.old")
 

@@ -334,8 +334,8 @@ def _check_rl(config: Config) -> None:
         )
     if m.value_shared and config.experiment.train_value_every != 1:
         raise UserError(
-            f"experiment.train_value_every: got {config.experiment.train_value_every}, but with model.value_shared the value head is "
-            "trained by the policy's own update: leave it out"
+            f"experiment.train_value_every: got {config.experiment.train_value_every}, but with model.value_shared the value head "
+            "is trained by the policy's own update: leave it out"
         )
     if r.num_response_per_task == 1 and not has_value:
         raise UserError(

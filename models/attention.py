@@ -34,9 +34,8 @@ class TokenIds:
 
 
 def allowed(q_document, q_block, q_slice, k_document, k_block, k_slice):
-    """Whether q may attend to k: the formula above, on tensors that broadcast (or on scalars inside FlexAttention)."""
-    q_clean = (q_slice == 0).to(q_block.dtype) if isinstance(q_block, Tensor) else int(q_slice == 0)
-    sees_clean = (k_slice == 0) & (k_block < q_block + q_clean)
+    """Whether q may attend to k: the formula above, on tensors that broadcast (scalars inside FlexAttention)."""
+    sees_clean = (k_slice == 0) & (k_block < q_block + (q_slice == 0).to(q_block.dtype))
     sees_slice = (k_slice != 0) & (k_slice == q_slice)
     return (q_document == k_document) & (sees_clean | sees_slice)
 
@@ -108,10 +107,7 @@ def flex_attention(ids: TokenIds) -> Attend:
     document, block, slices = ids.document.int(), ids.block.int(), ids.slice.int()
 
     def visible(batch, head, q, k):
-        q_bound = block[q] + (slices[q] == 0).to(torch.int32)
-        sees_clean = (slices[k] == 0) & (block[k] < q_bound)
-        sees_slice = (slices[k] != 0) & (slices[k] == slices[q])
-        return (document[q] == document[k]) & (sees_clean | sees_slice)
+        return allowed(document[q], block[q], slices[q], document[k], block[k], slices[k])
 
     n = len(document)
     block_mask = create_block_mask(visible, None, None, n, n, device=document.device)

@@ -78,9 +78,7 @@ def find_directory(name: str, setting: str = "model.pretrained_model") -> Path:
     path = Path(name).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file() and not is_adapter(path):
-            raise UserError(
-                f"{setting}: {name} has no config.json, nor {ADAPTER_CONFIG}: name a Hugging Face model directory"
-            )
+            raise UserError(f"{setting}: {name} has no config.json, nor {ADAPTER_CONFIG}: name a Hugging Face model directory")
         return path
     if path.exists():
         raise UserError(f"{setting}: {name} is a file: name the directory that holds config.json")

@@ -14,6 +14,8 @@ from models.lora import read_extra
 
 VALUE_HEAD = "value_head.weight"
 """Its published name, [1, D]."""
+VALUE_HEAD_FILE = "value_head.safetensors"
+"""Where a head on a policy's own trunk is kept, beside the policy's checkpoint."""
 SETTING = "model.value_base_model"
 """The config key that names the checkpoint."""
 

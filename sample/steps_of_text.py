@@ -74,13 +74,14 @@ def steps_of_texts(
     texts: list[Text],
     settings: SamplingSettings,
     max_tokens: int = 16_384,
-    backend: str = "auto",
+    backend: str = "dense",
     progress: Callable[[int], None] = lambda num_texts: None,
 ) -> list[list[int]]:
     """The step map of every text's response: 1-based numbers of denoising forwards.
 
     settings: strategy, target, threshold, block size, steps per block and temperature as in sampling; confidences are those before
-    top-k and top-p. max_tokens: of one forward, two per token of text (one text is never cut). progress: called with the number
+    top-k and top-p. max_tokens: of one forward, two per token of text (one text is never cut). backend: rows have another size at
+    every step, so FlexAttention would compile for each. progress: called with the number
     of finished texts. Raises UserError for a text that does not end at the end of a block.
     """
     states = [_Unmasking(text, settings) for text in texts]

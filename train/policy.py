@@ -6,11 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from models.attention import attention_backend
 from models.checkpoint import Pretrained
 from models.decoder import Decoder
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE
 from train.logprobs import chunked_logprobs
 from train.loop import Trainer
 from train.packing import Pack
@@ -66,7 +68,12 @@ class Policy(nn.Module):
 def build_policy(model: Pretrained, config: Any, temperature: float) -> Policy:
     """A policy as the config says. temperature: of the rollouts; 1 for supervised finetuning."""
     t = config.training
-    return Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk, config.model.value_shared)
+    policy = Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk, config.model.value_shared)
+    head = None if model.path is None else model.path.parent / config.model.optimized_value_name / VALUE_HEAD_FILE
+    if policy.value_head is not None and head is not None and head.is_file():  # of the run that the checkpoint is from
+        with torch.no_grad():
+            policy.value_head.weight.copy_(load_file(head)[VALUE_HEAD])
+    return policy
 
 
 def policy_trainer(model: Pretrained, config: Any, accelerator: Any, temperature: float = 1.0) -> Trainer:

@@ -13,11 +13,13 @@ from accelerate.utils import set_seed
 
 from common import dist
 from common.errors import UserError, warn
+from common.files import link_directory
 from common.metrics import MetricsLog
 from common.report import write_report
 from common.run_dir import STATE_FILE, RunDir
-from models.checkpoint import Pretrained, check_tokenizer, load_pretrained, save_pretrained
-from models.lora import prepare_for_training
+from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_pretrained, save_pretrained
+from models.family import TINY_RANDOM
+from models.lora import merged_folder, prepare_for_training
 from train.policy import policy_trainer
 from train.shared_value import SharedValueUpdate
 from train.value import ValueUpdate
@@ -38,12 +40,18 @@ class Run:
         self.config, self.total_steps = config, total_steps
         self.accelerator = dist.make_accelerator(config)
         self.is_main = self.accelerator.is_main_process
-        set_numerics(config, self.accelerator.device)
+        dist.set_numerics(config, self.accelerator.device)
+        if config.training.attention_backend == "flex" and self.accelerator.device.type != "cuda":
+            raise UserError("training.attention_backend: got flex, which needs a GPU, and there is none: leave it at auto")
         set_seed(config.training.seed)  # nothing of ours draws from the global generators, but a plugin may
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
                 self.directory.check(config)
+        critic = config.model.value_base_model
+        if critic is not None and critic != TINY_RANDOM:  # known before the policy is read and prepared
+            with dist.main_first(self.accelerator):
+                find_directory(critic, "model.value_base_model")
         self.model = self.load_model(check)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
@@ -132,13 +140,17 @@ class Run:
     # -- checkpoints
 
     def save_checkpoint(self, *names: str) -> None:
-        """Write the weights in Hugging Face format as ckpt/NAME, for every name."""
+        """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, the further names are hard links to it."""
         state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."
             state = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            for name in names:
-                save_pretrained(self.model, state, self.directory.checkpoints / name)
+            written, *others = [self.directory.checkpoints / name for name in names]
+            save_pretrained(self.model, state, written)
+            for folder in others:
+                link_directory(written, folder)
+                if self.model.adapter is not None and self.model.adapter.save_merged:
+                    link_directory(merged_folder(written), merged_folder(folder))
         if self.value is not None:
             self.value.save_checkpoint(self.directory.checkpoints / self.config.model.optimized_value_name)
         dist.barrier(self.accelerator)
@@ -152,20 +164,25 @@ class Run:
             yield
 
     def finish_step(self, metrics: dict[str, float], extra: dict[str, Any]) -> None:
-        """Count the step, log it, and keep what has to be kept. Metrics first, the state last: a kill between loses nothing."""
+        """Count the step, log it, and keep what has to be kept. The state comes last: a kill before it loses nothing.
+
+        time/save_seconds: the step's checkpoint, and the state that was written behind the step before (its own is still to come).
+        """
         experiment = self.config.experiment
         self.step += 1
         is_last = self.step == self.total_steps
+        if self.step % experiment.save_every == 0 or is_last:
+            with self.phase("save"):
+                self.save_checkpoint(self.config.model.optimized_name, f"step-{self.step}")
         metrics = {**metrics, **self.device_metrics()}
         self.metrics.write(self.step, metrics)
         self.metrics.line(self.step, self.total_steps, metrics)
-        if self.step % experiment.save_every == 0 or is_last:
-            self.save_checkpoint(self.config.model.optimized_name, f"step-{self.step}")
         if self.is_main and (is_last or time.monotonic() - self._report_at > REPORT_EVERY_SECONDS):
             write_report(self.directory.path)
             self._report_at = time.monotonic()
         if self.step % experiment.save_state_every == 0 or is_last:
-            self.save_state(extra)
+            with self.phase("save"):
+                self.save_state(extra)
 
     def device_metrics(self) -> dict[str, float]:
         """Seconds of every phase of the step (the slowest rank's) and the peak memory since the last call."""
@@ -183,11 +200,3 @@ class Run:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
-
-
-def set_numerics(config: Any, device: torch.device) -> None:
-    """Precision of float32 products, and threads."""
-    torch.set_float32_matmul_precision("high" if config.training.enable_tf32 and device.type == "cuda" else "highest")
-    if device.type == "cpu":
-        # Small models gain nothing from a second thread, and lose much where processes share the cores.
-        torch.set_num_threads(1)

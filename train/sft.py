@@ -1,10 +1,19 @@
-"""Supervised finetuning: prompt and response records -> masked blocks -> optimizer steps. The train/sft_*.py scripts start here."""
+"""Supervised finetuning of any family: prompt and response records -> masked blocks -> optimizer steps.
+
+    python train/sft.py config=configs/sft_tiny.yaml [section.key=value ...] [--print-config] [--help]
+
+The other train/sft_*.py scripts are this one under the names of families.
+"""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: the repo's root, not this folder
 
 import numpy as np
 
@@ -73,7 +82,7 @@ class SFTRun:
 
     def __init__(self, config: Any, data: SFTData) -> None:
         from eval import Evaluator
-        from train.objectives import OBJECTIVES
+        from train.registry import OBJECTIVES
         from train.run import Run
         from train.sft_data import build_responses, fingerprint, warn_of_cuts, warn_of_end
         from train.validation import Validation
@@ -96,9 +105,7 @@ class SFTRun:
         if data.validation:
             source = str(dataset.validation_data or f"held-out part of {dataset.optimization_data}")
             self.validation = Validation(build_responses(config, model, data.validation, source, is_main), self.trace, training)
-        self.evaluator = None
-        if data.eval_tasks is not None:
-            self.evaluator = self.build_evaluator(data.eval_tasks)
+        self.evaluator = None if data.eval_tasks is None else Evaluator.for_run(self.run, data.eval_tasks)
         self.step_metrics: dict[str, float] = {}
         self.is_solved = False
         self.run.resume(self.restore)
@@ -112,16 +119,6 @@ class SFTRun:
                 "old file back, or start another run directory (experiment.project)"
             )
         self.is_solved = extra["is_solved"]
-
-    def build_evaluator(self, tasks: list[Task]) -> Any:
-        from eval import Evaluator
-        from sample.engine import build_engine
-        from train.engine_weights import EngineWeights
-
-        model = self.run.model
-        self.engine_weights = EngineWeights(self.run.accelerator, model)
-        engine = build_engine(self.engine_weights.decoder, model.family, max_active=self.config.rollout.max_active)
-        return Evaluator(self.config, model, engine, self.run.accelerator, tasks)
 
     def batch(self, step: int) -> list[int]:
         """Responses of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
@@ -163,7 +160,6 @@ class SFTRun:
         if self.evaluator is None:
             return
         with self.run.phase("evaluation"):
-            self.engine_weights.refresh(self.run.trainer.num_steps)
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()
@@ -182,3 +178,7 @@ class SFTRun:
         if self.evaluator is not None:
             self.evaluator.close()
         self.run.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -12,6 +12,7 @@ from common.errors import UserError, warn
 from data.sft import SFTRecord, encode_sft, response_end
 from models.checkpoint import Pretrained
 from reward.registry import REWARDS
+from train.methods import METHODS
 from train.packing import build_document, split_long
 from train.traces import Response, TraceMethod
 
@@ -25,11 +26,12 @@ def as_response(
     """Text as training sees it: cut to `max_response` tokens, then filled up to the end of its last block.
 
     The fill is trained like any token as far as `training.post_num` allows: a model samples whole blocks, so it has to know what
-    stands behind a stop token. `step_map` is for the response and may go on over the fill; what it leaves open is revealed one step
-    behind everything else.
+    stands behind a stop token. Where the response was cut there is no stop token before the fill, and it is not trained. `step_map`
+    is for the response and may go on over the fill; what it leaves open is revealed one step behind everything else.
     """
     given = None if step_map is None else list(step_map)
-    if len(response_ids) > max_response:
+    is_cut = len(response_ids) > max_response
+    if is_cut:
         response_ids, given = response_ids[:max_response], None if given is None else given[:max_response]
     num_fill = -(len(prompt_ids) + len(response_ids)) % block_size
     is_pad = np.arange(len(response_ids) + num_fill) >= len(response_ids)
@@ -38,7 +40,8 @@ def as_response(
         assert len(response_ids) <= len(given) <= len(is_pad), "the caller has compared the lengths"
         steps = np.asarray(given + [max(given, default=0) + 1] * (len(is_pad) - len(given)), dtype=np.int64)
     ids = np.asarray(response_ids + [fill_id] * num_fill, dtype=np.int64)
-    return Response(np.asarray(prompt_ids, dtype=np.int64), ids, len(ids), steps, is_pad)
+    num_trained = len(response_ids) if is_cut else len(ids)
+    return Response(np.asarray(prompt_ids, dtype=np.int64), ids, num_trained, steps, is_pad)
 
 
 def rollout_response(record: SFTRecord, fill_id: int, block_size: int, max_response: int) -> Response:
@@ -71,6 +74,25 @@ def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int
     return as_response(prompt_ids, response_ids, steps, fill_id, size, longest)
 
 
+def check_targets(record: SFTRecord, response: Response, model: Pretrained, is_forbidden: np.ndarray, follows_steps: bool) -> None:
+    """Raises UserError where `response` trains a token that is never sampled: its probability is 0, and the loss would be infinite.
+
+    is_forbidden: bool [V]. follows_steps: what the step map says was never revealed is not trained.
+    """
+    is_target = np.arange(len(response.response_ids)) < response.num_trained
+    if response.is_pad is not None:
+        is_target &= ~response.is_pad
+    if follows_steps and response.step_map is not None:
+        is_target &= response.step_map > 0
+    wrong = response.response_ids[is_target & is_forbidden[response.response_ids]]
+    if len(wrong):
+        what = "the mask token" if wrong[0] == model.mask_id else "beyond the tokenizer"
+        raise UserError(
+            f"record {record.id}: its response holds token id {wrong[0]}, {what}, which is never sampled and cannot be learnt: "
+            "take it out, or drop the record"
+        )
+
+
 def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], source: str, tell: bool) -> list[Response]:
     """The responses that are trained on. Longer prompts than training.max_prompt_len are dropped, longer responses than
     training.max_gen_length cut; `tell`: print how many. Raises UserError where nothing is left, naming the data `source`."""
@@ -78,6 +100,9 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     use_template = config.dataset.use_chat_template
     limits = f"training.max_prompt_len={training.max_prompt_len}", f"training.max_gen_length={training.max_gen_length}"
     responses, num_dropped, num_cut = [], 0, 0
+    is_forbidden = np.zeros(model.decoder.config.vocab_size, bool)
+    is_forbidden[model.forbidden_ids] = True
+    follows_steps = METHODS.get(training.method).trace == "trace"
     for record in records:
         prompt_ids, response_ids = encode_sft(record, model.tokenizer, model.family.chat_style, is_chat, use_template)
         if len(prompt_ids) > training.max_prompt_len:
@@ -88,6 +113,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
             raise UserError(f"record {record.id}: token id {highest} is beyond the model's {model.decoder.config.vocab_size}")
         num_cut += len(response_ids) > training.max_gen_length
         responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, training))
+        check_targets(record, responses[-1], model, is_forbidden, follows_steps)
     if tell and num_dropped:
         print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than {limits[0]}")
     if tell and num_cut:

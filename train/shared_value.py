@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from common.records import ScoredRollout
-from models.value import VALUE_HEAD
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE
 from train.loop import Columns, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput
 from train.packing import Document, Predictions
@@ -99,4 +99,4 @@ class SharedValueUpdate:
             folder.mkdir(parents=True, exist_ok=True)
             partial = folder / ".value_head.partial"
             save_file({VALUE_HEAD: state["value_head.weight"].detach().cpu().contiguous()}, partial)
-            partial.replace(folder / "value_head.safetensors")
+            partial.replace(folder / VALUE_HEAD_FILE)

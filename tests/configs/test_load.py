@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,20 @@ def test_shipped_files_are_sparse(path, tmp_path):
             pass  # required
 
 
+def test_shipped_files_for_gpus_say_how_often_they_update_and_save():
+    """The reference's rule would make hundreds of updates of a batch; a state of an 8B model at every step takes longer than it."""
+    for path in SHIPPED:
+        config = load_config(job_of(path), [f"config={path}"])
+        if config.experiment.deepspeed_file is None:
+            continue
+        assert config.experiment.save_state_every > 1, path
+        if job_of(path) == "rl":
+            t = config.training
+            assert t.num_updates_per_step is not None, path
+            # One update is exactly on-policy: the ratio to the old policy is 1, and its KL has no gradient.
+            assert not t.beta or t.kl_to == "reference" or t.num_updates_per_step > 1, path
+
+
 def test_shipped_files_exist():
     assert {path.stem for path in SHIPPED} >= {
         *["rl_trado", "rl_sdar", "trado_eval", "sdar_eval", "trado_longcot_eval", "rl_tiny", "tiny_eval", "sft_tiny"],
@@ -111,7 +126,12 @@ MISTAKES = [
     (["training.shrink=1.5"], "training.shrink: got 1.5 on the command line, expected a whole number"),
     (["training.enable_tf32=3"], "training.enable_tf32: got 3 on the command line, expected true or false"),
     (["rollout.stop_token_list=x"], "rollout.stop_token_list: got 'x' on the command line, expected a list of texts"),
-    (["training.advantage=zscor"], "expected one of zscore, mean_only, rloo (did you mean zscore?)"),
+    (["training.advantage=zscor"], "training.advantage: unknown advantage 'zscor' (did you mean zscore?)"),
+    (["training.objective=cliped"], "training.objective: unknown objective 'cliped' (did you mean clipped?)"),
+    (
+        ["model.value_shared=true", "experiment.train_value_every=2"],
+        "experiment.train_value_every: got 2, but with model.value_shared",
+    ),
     (["training=3"], "training: got 3 on the command line, expected a section with settings"),
     (["training.eps=[1"], "training.eps: cannot read '[1'"),
     (["training.eps=???"], "training.eps: is still ??? on the command line"),
@@ -214,6 +234,31 @@ def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
         load("sft", MINIMAL, "dataset.eval_dataset=null", "training.stop_at_solve_rate=0.4")
     with pytest.raises(UserError, match="dataset.optimization_data: is missing, it is the data to finetune on"):
         load("sft", MINIMAL, "dataset.optimization_data=null")
+
+
+@pytest.mark.parametrize("change", ["model.value_base_model=x", "model.value_shared=true"])
+def test_sft_has_no_value_model(load, change):
+    with pytest.raises(UserError, match=rf"{change.partition('=')[0]}: got .*, but finetuning has no value model"):
+        load("sft", MINIMAL, change)
+
+
+def test_system_settings_become_environment_variables(load, monkeypatch, tmp_path):
+    for name in ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy", "HF_HOME"]:
+        monkeypatch.setenv(name, "before")
+    load("rl", MINIMAL)
+    assert os.environ["HTTPS_PROXY"] == os.environ["HF_HOME"] == "before"
+    config = load("rl", MINIMAL, "system.HTTP_PROXY=http://proxy:1", f"system.HF_HOME={tmp_path}")
+    proxies = {os.environ[name] for name in ["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"]}
+    assert proxies == {"http://proxy:1"} and os.environ["HF_HOME"] == str(tmp_path)
+    assert config_difference(to_yaml(config), load("rl", MINIMAL)) == [], "a run may go on on another machine"
+
+
+def test_settings_without_a_use_are_said(load, capsys):
+    load("rl", MINIMAL, "rollout.deterministic=true", "evaluation.output_unmasking_history=false")
+    told = capsys.readouterr().err
+    assert "rollout.deterministic (prompts are always" in told and "evaluation.output_unmasking_history (step maps are" in told
+    load("rl", MINIMAL, "evaluation.output_unmasking_history=true")
+    assert not capsys.readouterr().err
 
 
 def test_responses_cut_by_training_are_warned_of(load, capsys):

@@ -94,6 +94,7 @@ RL_SETTINGS = [
     "config=configs/rl_tiny.yaml",
     "model.pretrained_model=tiny-random",
     "model.prepare_config=null",
+    "model.value_base_model=tiny-random",
     "experiment.total_step=3",
     "experiment.eval_every=2",
     "experiment.save_every=2",
@@ -156,6 +157,7 @@ def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_proces
     for first, second in zip(found[1:], right[1:], strict=True):  # weights that differ by rounding have sampled these
         assert first == pytest.approx(second, rel=5e-3, abs=1e-3)
     assert any(key.startswith("eval/") for key in found[1]) and right[0]["train/num_updates"] == 2
+    assert right[2]["value/num_updates"] == 2 and right[2]["value/mean"] != 0, "the critic has not moved"
     start = weights(tiny_model(SEED, vocab_size=28))
     for result in runs_of_two_ranks:
         own = result[mode]

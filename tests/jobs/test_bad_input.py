@@ -95,6 +95,16 @@ def test_model_without_config(place: Place, start: Any):
     assert_refused(start, "rl", place, "model.pretrained_model", "no config.json")
 
 
+def test_missing_value_model(place: Place, start: Any):
+    place.changes["model.value_base_model"] = place.folder / "nowhere"
+    assert_refused(start, "rl", place, f"error: model.value_base_model: no directory {place.folder}/nowhere")
+
+
+def test_flex_attention_without_a_gpu(place: Place, start: Any):
+    place.changes["training.attention_backend"] = "flex"
+    assert_refused(start, "rl", place, "training.attention_backend: got flex, which needs a GPU")
+
+
 @pytest.mark.parametrize("job", JOBS)
 def test_another_family(job: str, place: Place, start: Any):
     place.model({"model_type": "llama"})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import common.files
-from common.files import exchange, recover_directories, replace_directory
+from common.files import exchange, link_directory, recover_directories, replace_directory
 from common.metrics import read_metrics
 from tests.jobs.fork_server import ForkServer
 
@@ -57,6 +59,66 @@ def test_the_missing_model_is_made(server: ForkServer, settings: Any, jobs_dir: 
     assert job.code == 0, job.err
     assert "is not there yet: making it" in job.out
     assert (tmp_path / "sft" / "ckpt" / "optimized" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_half_finetuned_model_is_finished_first(finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """The preparation writes ckpt/optimized before its end: that it is there does not say that it is done."""
+    import rl
+
+    recipe = tmp_path / "sft.yaml"
+    recipe.write_text(
+        f"experiment: {{project: {tmp_path}/sft}}\nmodel: {{pretrained_model: tiny-random, model_base: sdar}}\n"
+        "dataset: {optimization_data: tiny_sort_train, data_type: exact}\n"
+    )
+    commands: list[list[str]] = []
+    monkeypatch.setattr(rl.subprocess, "run", lambda command: commands.append(command) or SimpleNamespace(returncode=0))
+    monkeypatch.setattr(rl, "already_launched", lambda: False)
+
+    def prepare(model: Path) -> int:
+        commands.clear()
+        rl.make_missing_model(SimpleNamespace(model=SimpleNamespace(prepare_config=str(recipe), pretrained_model=str(model))))
+        return len(commands)
+
+    made = tmp_path / "sft" / "ckpt" / "optimized"
+    assert prepare(made) == 1 and commands[0][1].endswith("train/sft.py"), "nothing is there"
+    made.mkdir(parents=True)
+    assert prepare(made) == 0, "a checkpoint that was brought there, without a run around it"
+    (tmp_path / "sft" / "config.yaml").write_text("")
+    assert prepare(made) == 1, "killed before its first state"
+    state = tmp_path / "sft" / "state" / "step_000030"
+    state.mkdir(parents=True)
+    (state / "run.json").write_text(json.dumps({"finished": finished}))
+    assert prepare(made) == (0 if finished else 1)
+    (tmp_path / "other").mkdir()
+    assert prepare(tmp_path / "other") == 0, "another model"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_second_name_of_a_checkpoint(links: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """It costs no space, and replacing the first leaves it as it is."""
+    if not links:
+
+        def no_links(source: str, target: str) -> None:
+            raise OSError(errno.EPERM, "no hard links")
+
+        monkeypatch.setattr(os, "link", no_links)
+    first, second = write_checkpoint(tmp_path / "optimized", 1), write_checkpoint(tmp_path / "step-1", 0)
+    link_directory(first, second)
+    assert json.loads((second / "config.json").read_text()) == {"value": 1}
+    assert all(file.samefile(second / file.name) == links for file in first.iterdir())
+    replace_directory(write_checkpoint(tmp_path / ".optimized.partial", 2), first)
+    assert json.loads((second / "config.json").read_text()) == {"value": 1}
+    assert sorted(os.listdir(tmp_path)) == ["optimized", "step-1"]
+
+
+def test_saving_is_timed(server: ForkServer, settings: Any, tmp_path: Path):
+    """A checkpoint's seconds are in its step's metrics, a state's in those of the next step; the weights are written once."""
+    run = tmp_path / "run"
+    job = server.run("rl.py", settings("rl", run, {"experiment.total_step": 3, "experiment.eval_every": 3}))
+    assert job.code == 0, job.err
+    assert ["time/save_seconds" in row for row in read_metrics(run)] == [False, True, True]
+    assert (run / "ckpt" / "optimized" / "model.safetensors").samefile(run / "ckpt" / "step-3" / "model.safetensors")
 
 
 # ---- a checkpoint is never half-written

@@ -78,3 +78,17 @@ def test_flex_sees_what_the_formula_allows():
     q, k, v = (torch.randn(n, heads, 64, device="cuda") for heads in (4, 2, 2))
     dense = masked_attention(dense_mask(ids))(0, q, k, v)
     assert (flex_attention(ids)(0, q, k, v) - dense).abs().max() < 1e-4
+
+
+@needs_gpu
+def test_many_pack_sizes_stay_compiled():
+    """Five sizes, each with and without gradient, are more compilations than dynamo's usual limit of eight: none may fall back."""
+    for size in range(128, 128 * 6, 128):
+        ids = random_ids(num_documents=40, seed=size)
+        ids = TokenIds(*(x[:size].cuda() for x in (ids.document, ids.block, ids.slice)))
+        q, k, v = (torch.randn(size, heads, 64, device="cuda", requires_grad=True) for heads in (4, 2, 2))
+        with torch.no_grad():
+            dense = masked_attention(dense_mask(ids))(0, q, k, v)
+            assert (flex_attention(ids)(0, q, k, v) - dense).abs().max() < 1e-4
+        flex_attention(ids)(0, q, k, v).sum().backward()
+        assert q.grad.isfinite().all()

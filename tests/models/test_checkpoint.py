@@ -13,6 +13,7 @@ from common.errors import UserError
 from models.checkpoint import load_pretrained, save_pretrained
 from models.registry import FAMILIES
 from models.tiny import build_tiny
+from models.value import load_value_model
 
 
 def state(model):
@@ -115,6 +116,11 @@ def test_paths_that_are_no_model(tmp_path):
     for name, message in [("/nowhere/at/all", "no directory"), (str(tmp_path), "no config.json")]:
         with pytest.raises(UserError, match=message):
             load_pretrained(name, "sdar", torch.float32)
+
+
+def test_the_setting_that_named_the_path_is_blamed(tmp_path):
+    with pytest.raises(UserError, match="^model.value_base_model: no directory "):
+        load_value_model(str(tmp_path / "nowhere" / "x"), "sdar", torch.float32)
 
 
 def test_a_torn_weight_file(saved):

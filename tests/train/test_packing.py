@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.attention import TokenIds, allowed, dense_mask, masked_attention
+from models.attention import TokenIds, dense_mask, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
 from train.methods.tracerl import trace_slices
@@ -178,7 +178,6 @@ def test_mask_formula_by_hand():
         dtype=torch.bool,
     )
     assert torch.equal(dense_mask(ids), expected)
-    assert bool(allowed(0, 1, 0, 0, 1, 0)) and not bool(allowed(0, 1, 1, 0, 1, 0))
 
 
 def test_an_empty_micro_batch_counts_nothing(tiny):

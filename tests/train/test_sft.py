@@ -58,6 +58,9 @@ def test_a_long_response_is_cut():
     training = sft_config("training.max_gen_length=2").training
     cut = as_training(SFTRecord("x", "p", "r", step_map=[3, 2, 1]), [1, 2, 3], [4, 5, 6], 9, training)
     assert cut.response_ids.tolist() == [4, 5, 9, 9, 9] and cut.step_map.tolist() == [3, 2, 4, 4, 4]
+    assert cut.num_trained == 2, "no stop token stands before the fill: it is not what follows"
+    whole = as_training(SFTRecord("x", "p", "r"), [1, 2, 3], [4, 5], 9, training)
+    assert whole.response_ids.tolist() == [4, 5, 9, 9, 9] and whole.num_trained == 5
 
 
 def test_a_rollout_keeps_what_stands_behind_its_stop():
@@ -72,6 +75,25 @@ def test_ids_beyond_the_vocabulary_are_refused():
     record = SFTRecord("x", "", "", None, None, False, [1], [2, 99], 2)
     with pytest.raises(UserError, match="record x: token id 99 is beyond the model's 32"):
         build_responses(sft_config(), model, [record], "data", tell=False)
+
+
+def test_targets_that_are_never_sampled_are_refused():
+    model = tiny_model(0)
+    mask, last = model.mask_id, model.decoder.config.vocab_size - 1
+    assert last in model.forbidden_ids and last != mask
+    rollout = SFTRecord("x", "", "", [1, 1, 0, 1], None, False, [1, 2, 3, 4], [2, 3, mask, 4], 4)
+    for record, what in [
+        (rollout, f"token id {mask}, the mask token"),
+        (replace(rollout, response_ids=[2, 3, last, 4]), f"token id {last}, beyond the tokenizer"),
+    ]:
+        with pytest.raises(UserError, match=f"record x: its response holds {what}"):
+            build_responses(sft_config(), model, [record], "data", tell=False)
+    # Where it is not trained it may stand: behind the stop, or, along the steps, where nothing was ever revealed.
+    build_responses(sft_config(), model, [replace(rollout, num_response=2)], "data", tell=False)
+    build_responses(sft_config("training.method=trace"), model, [rollout], "data", tell=False)
+    text = SFTRecord("y", "s52=", "2" + model.tokenizer.convert_ids_to_tokens(mask))
+    with pytest.raises(UserError, match="record y: its response holds .*, the mask token"):
+        build_responses(sft_config(), model, [text], "data", tell=False)
 
 
 def test_an_end_that_does_not_end_sampling_is_warned_of(capsys):

@@ -169,3 +169,38 @@ def test_value_models_are_written_under_published_names(tmp_path, saved_model):
     names = load_file(tmp_path / "value" / "model.safetensors")
     assert names["value_head.weight"].shape == (1, 64) and "lm_head.weight" not in names
     assert "model.layers.1.self_attn.k_proj.weight" in names
+
+
+def test_a_shared_head_is_found_again_by_the_next_run(rollouts, tmp_path):
+    from models.checkpoint import load_pretrained, save_pretrained
+    from tests.models.test_checkpoint import state
+    from train.policy import build_policy
+
+    forget_accelerator()
+    config = rl_config("model.value_shared=true")
+    model = tiny_model(3)
+    trainer = policy_trainer(model, config, dist.make_accelerator(config), 1.0)
+    with torch.no_grad():
+        trainer.module.value_head.weight.fill_(0.25)
+    SharedValueUpdate(trainer, config).save_checkpoint(tmp_path / "ckpt" / "optimized_value")
+    forget_accelerator()
+    save_pretrained(model, state(model), tmp_path / "ckpt" / "optimized")
+    again = load_pretrained(str(tmp_path / "ckpt" / "optimized"), "sdar", torch.float32)
+    assert (build_policy(again, config, 1.0).value_head.weight == 0.25).all()
+
+
+def test_resting_twice_loses_nothing(saved_model):
+    """A step with several rounds of rollouts rests before each; on a CPU its storages stand for the GPU's."""
+    forget_accelerator()
+    config = rl_config(f"model.value_base_model={saved_model}", "model.value_offload=always")
+    accelerator = dist.make_accelerator(config)
+    policy_trainer(tiny_model(3), config, accelerator, 1.0)
+    value = ValueUpdate(config, dist.value_accelerator(accelerator))
+    before = {name: p.detach().clone() for name, p in value.trainer.module.named_parameters()}
+    value.rest()
+    value.rest()
+    assert all(p.untyped_storage().nbytes() == 0 for p in value.trainer.module.parameters())
+    value.wake()
+    value.wake()
+    forget_accelerator()
+    assert all(torch.equal(p, before[name]) for name, p in value.trainer.module.named_parameters())
