@@ -13,8 +13,8 @@ were passed in, in one process, under DDP and under ZeRO-1, 2 and 3 alike. Two h
   `accelerator.accumulate`, whose number of micro-batches is fixed, and DeepSpeed divides the loss by its own
   gradient_accumulation_steps. So that stays 1, and here the engine is told which backward is the last and asked for the step.
 
-A scheduler is not prepared: torch's own, on the optimizer before `prepare`, sets the learning rate under every mode, and
-accelerate's wrapper would advance it once per process.
+There is no scheduler: the learning rate is a function of the progress of the run (train/optim.py), set on the optimizer before
+every step. accelerate's wrapper of one would advance it once per process.
 """
 
 from __future__ import annotations
@@ -314,11 +314,6 @@ def broadcast_object(accelerator: Accelerator, item: T | None = None) -> T:
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(items, src=0, group=_host_group())
     return items[0]
-
-
-def any_rank(accelerator: Accelerator, flag: bool) -> bool:
-    """Whether `flag` is set on any rank; the same answer on all."""
-    return any(gather_objects(accelerator, flag))
 
 
 @contextmanager

@@ -47,8 +47,9 @@ def replace_directory(new: Path, folder: Path) -> None:
 
 
 def link_directory(source: Path, folder: Path) -> None:
-    """Make `folder` another name of what is in `source`, file by file (hard links; copies where there are none), in the place of
-    the directory there may be. Both are then replaced as a whole and never written into, or the other would change too."""
+    """Make `folder` a copy of the checkpoint in `source`, in the place of the directory there may be, without writing its weights
+    a second time: they are hard links (copies where there are none), which is safe as checkpoints are only replaced as a whole.
+    What a user may edit, config.json and the like, is copied."""
     partial = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     shutil.copytree(source, partial, copy_function=_link)
@@ -56,6 +57,9 @@ def link_directory(source: Path, folder: Path) -> None:
 
 
 def _link(source: str, target: str) -> None:
+    if not source.endswith(".safetensors"):
+        shutil.copyfile(source, target)
+        return
     try:
         os.link(source, target)
     except OSError as error:

@@ -13,7 +13,7 @@ from common import dist
 from models.checkpoint import Pretrained
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
 from train.offload import Offloaded
-from train.optim import build_optimizer, schedule_factor
+from train.optim import build_optimizer, learning_rate
 from train.packing import Document, Pack, assign, build_pack
 
 PACK_SIZES = 8
@@ -121,7 +121,7 @@ class Trainer:
         tables: `Tables`, or what another kind of module has in its place (train/value.py). progress: share of the run that is done,
         0..1, for the learning rate.
         """
-        rate = self.learning_rate(progress)
+        rate = learning_rate(self.peak_rate, self.config.lr_scheduler, progress, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         table = OnDevice(tables, self.accelerator.device)
@@ -153,11 +153,6 @@ class Trainer:
             return self.accelerator.get_state_dict(self.module)
         # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out.
         return getattr(self.module, "module", self.module).state_dict()
-
-    def learning_rate(self, progress: float) -> float:
-        scheduler = self.config.lr_scheduler
-        warmup = min(1.0, (self.num_steps + 1) / max(1, scheduler.params.warmup_steps))
-        return self.peak_rate * warmup * schedule_factor(scheduler.scheduler, progress, scheduler.params.min_lr_scale)
 
 
 @dataclass

@@ -26,6 +26,15 @@ def build_optimizer(module: nn.Module, config: Any, rate: float) -> torch.optim.
     return torch.optim.AdamW(groups, lr=rate, betas=(settings.beta1, settings.beta2), eps=settings.epsilon)
 
 
+def learning_rate(peak: float, schedule: Any, progress: float, num_steps: int) -> float:
+    """The rate of one optimizer step under the config's `lr_scheduler` section: linear warm-up, then decay over the whole run.
+
+    progress: share of the run that is done, 0..1; num_steps: optimizer steps taken before this one.
+    """
+    warmup = min(1.0, (num_steps + 1) / max(1, schedule.params.warmup_steps))
+    return peak * warmup * schedule_factor(schedule.scheduler, progress, schedule.params.min_lr_scale)
+
+
 def schedule_factor(scheduler: str, progress: float, min_scale: float = 0.0) -> float:
     """Factor on the learning rate after a share `progress` of the whole run, 0..1. It ends at `min_scale`."""
     if scheduler == "constant":

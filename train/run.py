@@ -140,7 +140,7 @@ class Run:
     # -- checkpoints
 
     def save_checkpoint(self, *names: str) -> None:
-        """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, the further names are hard links to it."""
+        """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, further names link to them."""
         state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."

@@ -170,7 +170,6 @@ def talk() -> dict[str, Any]:
     return {
         "gathered": dist.gather_objects(accelerator, {"rank": rank, "text": "x" * (10 + 1000 * rank)}),
         "broadcast": dist.broadcast_object(accelerator, f"from {rank}"),
-        "any": [dist.any_rank(accelerator, rank == 1), dist.any_rank(accelerator, False)],
         "first": order[0],
         "slowest": watch.slowest(),
         "own": dict(watch.seconds),

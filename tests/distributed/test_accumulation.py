@@ -99,6 +99,5 @@ def test_ranks_talk():
     first, second = run_on_ranks("tests.distributed.probe:talk", 2)
     assert first["gathered"] == second["gathered"] == [{"rank": 0, "text": "x" * 10}, {"rank": 1, "text": "x" * 1010}]
     assert first["broadcast"] == second["broadcast"] == "from 0"
-    assert first["any"] == second["any"] == [True, False]
     assert second["first"] - first["first"] > 0.19, "rank 1 did not wait for rank 0"
     assert first["slowest"] == second["slowest"] == second["own"]

@@ -16,6 +16,7 @@ from tests.train.steps import error, forget_accelerator, tiny_model, weights
 
 LORA = [
     "training.lora.rank=4",
+    "model.value_base_model=null",
     "training.lora.save_merged=true",
     "training.gradient_checkpointing_enable=true",
     "training.kl_to=old",
