@@ -92,6 +92,11 @@ def die_with_parent(how: int = signal.SIGKILL) -> None:
     prctl(PR_SET_PDEATHSIG, how)
 
 
+PYTHON_UNDER_TMP = "/.python"
+_under_tmp: list[tuple[str, str]] = []
+"""(where in the new root, where it belongs) of this Python's folders that lie under /tmp; programs are forks and inherit it."""
+
+
 def hide_memory() -> None:
     """No process of the same user may trace this one, or open its /proc/PID/mem."""
     prctl(PR_SET_DUMPABLE, 0)
@@ -116,8 +121,7 @@ def _top_folders(paths: list[str]) -> list[str]:
     return folders
 
 
-def _bind(source: str, root: str, read_only: bool = True) -> None:
-    target = root + source
+def _bind(source: str, target: str, read_only: bool = True) -> None:
     if os.path.isdir(source):
         os.makedirs(target, exist_ok=True)
     else:
@@ -149,12 +153,16 @@ def enter_root(mount_point: str) -> None:
         elif os.path.isdir(f"/{name}"):
             folders.append(f"/{name}")
     for folder in _top_folders(folders + python_folders()):
-        _bind(folder, mount_point)
+        _bind(folder, mount_point + folder)
+        if Path(folder).is_relative_to("/tmp"):  # an environment that lies there: every program's own /tmp will cover it
+            again = f"{PYTHON_UNDER_TMP}/{len(_under_tmp)}"
+            _bind(folder, mount_point + again)
+            _under_tmp.append((again, folder))
     for name in DEVICES:
-        _bind(f"/dev/{name}", mount_point, read_only=False)
+        _bind(f"/dev/{name}", f"{mount_point}/dev/{name}", read_only=False)
     for file in SYSTEM_FILES:
         if os.path.exists(file):
-            _bind(file, mount_point)
+            _bind(file, mount_point + file)
     os.makedirs(f"{mount_point}/etc", exist_ok=True)
     Path(mount_point, "etc/passwd").write_text(f"user:x:{PROGRAM_UID}:{PROGRAM_UID}::/tmp:/bin/sh\n", encoding="ascii")
     os.symlink("/tmp", f"{mount_point}/dev/shm")  # where semaphores of multiprocessing are
@@ -172,7 +180,13 @@ def enter_root(mount_point: str) -> None:
 def mount_scratch(num_bytes: int) -> None:
     """A /tmp of this process and its children, in memory. It vanishes with them."""
     mount("none", "/tmp", "tmpfs", MS_NOSUID | MS_NODEV, f"mode=777,size={num_bytes},nr_inodes=16k")
-    os.chdir("/tmp")
+    for source, folder in _under_tmp:
+        os.makedirs(folder)
+        mount(source, folder, None, MS_BIND | MS_REC)  # read-only, as its source is
+    work = "/tmp/work" if _under_tmp else "/tmp"  # a program begins in an empty folder
+    os.makedirs(work, exist_ok=True)
+    os.chmod(work, 0o777)
+    os.chdir(work)
 
 
 # ---- what a program may not do -----------------------------------------------------------------------------------------

@@ -1,6 +1,8 @@
 """Hostile programs score 0 and leave nothing; right programs of every kind pass within the default limits."""
 
+import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -353,3 +355,30 @@ def test_a_machine_without_namespaces_is_told_what_is_open():
         assert "read your files" in sandbox.unprotected() and "network" in sandbox.unprotected()
     with Sandbox() as sandbox:
         assert (sandbox.unprotected() is None) == sandbox.namespaces
+
+
+def test_a_python_that_lies_under_tmp_is_there_in_every_programs_own_tmp():
+    """Programs have a /tmp of their own: an environment made in the machine's must not vanish behind it, nor be writable there."""
+    environment = Path(tempfile.mkdtemp(dir="/tmp", prefix="unmask-test-"))
+    environment.chmod(0o755)  # programs are another user
+    try:
+        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(environment)], check=True)
+        [packages] = environment.glob("lib/python3*/site-packages")
+        (packages / "unmask_marker.py").write_text("VALUE = 8467\n")
+        (packages / "rest.pth").write_text("\n".join(p for p in sys.path if p.endswith("site-packages")) + "\n")
+        program = (
+            "import unmask_marker\ntry:\n    open(unmask_marker.__file__, 'w')\n"
+            "except OSError:\n    print(int(input()) + unmask_marker.VALUE)"
+        )
+        code = (
+            "import json, sys\nfrom reward.code_reward import CodeChecker\nfrom tests.reward.test_sandbox import script\n"
+            "checker = CodeChecker(1)\nprint(json.dumps(checker.check([script(sys.argv[1])])))\nchecker.close()"
+        )
+        command = [str(environment / "bin" / "python"), "-c", code, program]
+        root = Path(__file__).resolve().parents[2]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=root, env={**os.environ, "PYTHONPATH": str(root)})
+        assert result.returncode == 0, result.stderr
+        assert json.loads(result.stdout.splitlines()[-1]) == [[[True, None]]], result.stdout + result.stderr
+        assert (packages / "unmask_marker.py").read_text() == "VALUE = 8467\n"
+    finally:
+        shutil.rmtree(environment, ignore_errors=True)
