@@ -61,6 +61,7 @@ class Scorer:
         self.tasks_by_id = tasks_by_id
         self.tokenizer = tokenizer
         self.max_response = (decoding or config.rollout).max_response_length
+        self.is_evaluation = decoding is not None
         self.overlong_margin = config.reward.overlong_margin
         # It shapes what is learnt; evaluations report the reward as it is.
         self.penalty_tokens = config.reward.overlong_penalty_tokens if decoding is None else 0
@@ -105,7 +106,9 @@ class Scorer:
         task_ids = [rollout.task_id for rollout in rollouts]
         advantages = group_advantages(rewards, task_ids, self.advantage)
         bounds = self.keep_solve_rate if self.reward.filter_by_solve_rate else (0.0, 1.0)
-        dropped = filter_groups(rewards, correct, task_ids, bounds, self.has_critic)
+        dropped: list[str | None] = [None] * len(rollouts)  # an evaluation drops nothing
+        if not self.is_evaluation:
+            dropped = filter_groups(rewards, correct, task_ids, bounds, self.has_critic)
         return [
             ScoredRollout(
                 **{name: getattr(rollout, name) for name in ROLLOUT_FIELDS},

@@ -192,3 +192,12 @@ def test_rewards_are_known_without_torch():
     code += "print([m for m in ('torch', 'datasets', 'transformers', 'sympy', 'huggingface_hub') if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "[]", result.stderr
+
+
+def test_an_evaluation_drops_nothing():
+    rollouts = [rollout("a", n, "12") for n in range(3)]
+    evaluation = SimpleNamespace(max_response_length=100)
+    with Scorer(config(), TASKS, Letters(), evaluation) as scorer:
+        assert [r.dropped for r in scorer.score(rollouts)] == [None] * 3
+    with Scorer(config(), TASKS, Letters()) as scorer:
+        assert {r.dropped for r in scorer.score(rollouts)} == {"solve rate above 0.8"}
