@@ -6,6 +6,7 @@ the checkpoint it came from, so that the original remote code, SGLang or LMDeplo
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -62,7 +63,7 @@ class Pretrained:
             pad = self.tokenizer.pad_token_id
         return pad if pad is not None else self.eos_ids[0]
 
-    @property
+    @functools.cached_property
     def forbidden_ids(self) -> list[int]:
         """Ids that are never sampled and carry no probability: the mask, and rows of the vocabulary beyond the tokenizer.
 

@@ -17,23 +17,8 @@ from train.objectives import OBJECTIVES, token_weights
 from train.packing import Document, Predictions, build_document, number, split_rows
 from train.policy import Policy, build_policy
 from train.shared_value import SharedValueUpdate
-from train.traces import TRACES, Response
+from train.traces import TRACES, Response, sampled_response
 from train.value import ValueUpdate
-
-
-def as_response(rollout: ScoredRollout, max_response: int, block_size: int, fill_id: int) -> Response:
-    """What training keeps of a rollout: all tokens as context, the first `max_response` up to the stop for training.
-
-    Where training blocks are larger than those of sampling, the last one may reach behind the response: there stands what sampling
-    never got to, so it is a mask at every step (`fill_id` where a mask method shows it).
-    """
-    num_fill = -(len(rollout.prompt_ids) + len(rollout.response_ids)) % block_size
-    return Response(
-        prompt_ids=np.asarray(rollout.prompt_ids, dtype=np.int64),
-        response_ids=np.asarray(rollout.response_ids + [fill_id] * num_fill, dtype=np.int64),
-        num_trained=min(rollout.num_response, max_response),
-        step_map=np.asarray(rollout.step_map + [0] * num_fill, dtype=np.int64),
-    )
 
 
 def trace_generator(seed: int, step: int, rollout: ScoredRollout) -> np.random.Generator:
@@ -79,7 +64,7 @@ class PolicyUpdate:
             self.reference.requires_grad_(False)
 
     def responses(self, rollouts: list[ScoredRollout]) -> list[Response]:
-        return [as_response(r, self.config.training.max_gen_length, self.block_size, self.fill_id) for r in rollouts]
+        return [sampled_response(r, self.config.training.max_gen_length, self.block_size, self.fill_id) for r in rollouts]
 
     def documents(self, rollouts: list[ScoredRollout], step: int) -> list[Document]:
         """One document per response that trains something; `Document.response` indexes `rollouts`."""

@@ -14,7 +14,7 @@ from models.checkpoint import Pretrained
 from reward.registry import REWARDS
 from train.methods import METHODS
 from train.packing import build_document, split_long
-from train.traces import Response, TraceMethod
+from train.traces import Response, TraceMethod, sampled_response
 
 MUCH_REPEATED = 2.0
 """Warn where cutting the longest document up multiplies its tokens by more than this."""
@@ -44,23 +44,11 @@ def as_response(
     return Response(np.asarray(prompt_ids, dtype=np.int64), ids, num_trained, steps, is_pad)
 
 
-def rollout_response(record: SFTRecord, fill_id: int, block_size: int, max_response: int) -> Response:
-    """A rollout: its tokens behind the stop were visible while the block was denoised, so they stay, as context."""
-    num_fill = -(len(record.prompt_ids) + len(record.response_ids)) % block_size
-    steps = None if record.step_map is None else np.asarray(record.step_map + [0] * num_fill, dtype=np.int64)
-    return Response(
-        prompt_ids=np.asarray(record.prompt_ids, dtype=np.int64),
-        response_ids=np.asarray(record.response_ids + [fill_id] * num_fill, dtype=np.int64),
-        num_trained=min(record.num_response, max_response),
-        step_map=steps,
-    )
-
-
 def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int], fill_id: int, training: Any) -> Response:
     """One record, encoded, as a response. Raises UserError where its step map is not of its tokens."""
     size, longest = training.block_size, training.max_gen_length
     if record.response_ids is not None:
-        return rollout_response(record, fill_id, size, longest)
+        return sampled_response(record, longest, size, fill_id)
     steps = record.step_map
     if steps is not None:
         whole = len(response_ids) + -(len(prompt_ids) + len(response_ids)) % size

@@ -40,6 +40,23 @@ class Response:
         assert 0 <= self.num_trained <= len(self.response_ids)
 
 
+def sampled_response(rollout: Any, max_response: int, block_size: int, fill_id: int) -> Response:
+    """What training keeps of a rollout (or of an SFT record made from one): all tokens as context, for they were visible while
+    their block was denoised, and the first `max_response` up to the stop for training.
+
+    Where training blocks are larger than those of sampling, the last one may reach behind the response: there stands what sampling
+    never got to, so it is a mask at every step (`fill_id` where a mask method shows it).
+    """
+    num_fill = -(len(rollout.prompt_ids) + len(rollout.response_ids)) % block_size
+    steps = None if rollout.step_map is None else np.asarray(rollout.step_map + [0] * num_fill, dtype=np.int64)
+    return Response(
+        prompt_ids=np.asarray(rollout.prompt_ids, dtype=np.int64),
+        response_ids=np.asarray(rollout.response_ids + [fill_id] * num_fill, dtype=np.int64),
+        num_trained=min(rollout.num_response, max_response),
+        step_map=steps,
+    )
+
+
 @dataclass
 class Trace:
     """The slices of one response. Rows are slices, columns the positions of their block."""

@@ -19,8 +19,8 @@ from tests.train.steps import STOP_IDS, forget_accelerator, requests_of_every_re
 from tests.train.test_rl import TEMPERATURE, forward
 from train.packing import build_document, build_pack, number
 from train.policy import Policy, policy_trainer
-from train.rl import PolicyUpdate, as_response, gather_tokens
-from train.traces import TRACES
+from train.rl import PolicyUpdate, gather_tokens
+from train.traces import TRACES, sampled_response
 
 TOLERANCE = 1e-4  # what is promised, nats; what float32 gives is about 1e-6
 ALL = 1000  # longer than any response here
@@ -47,7 +47,7 @@ def trained(model: Pretrained, rollouts: list[Rollout], temperature: float, max_
     """(predictions, log-probs, entropies) of the trainer, by the way that an update goes."""
     documents = []
     for index, rollout in enumerate(rollouts):
-        response = as_response(rollout, max_response, rollout.block_size, model.fill_id)
+        response = sampled_response(rollout, max_response, rollout.block_size, model.fill_id)
         trace = TRACES.get("trace")(response, rollout.block_size, SimpleNamespace(shrink=1, post_num=None), None)
         documents.append(build_document(index, response, trace, rollout.block_size))
     predictions = number(documents)

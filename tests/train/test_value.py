@@ -49,13 +49,13 @@ def rollouts():
 
 
 def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
-    from train.rl import as_response
+    from train.traces import sampled_response
 
     training = rl_config("training.gam=1.0", "training.lam=1.0").training
     rollout = rollouts[0]
     n = rollout.num_response
     rollout = type(rollout)(**{**vars(rollout), "token_rewards": [0.25] * len(rollout.response_ids), "outcome": 3.0})
-    response = as_response(rollout, 100, 4, 0)
+    response = sampled_response(rollout, 100, 4, 0)
     starts = np.array([0, len(response.response_ids)])
     returns, advantages = token_returns(
         [rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, training
