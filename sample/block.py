@@ -22,7 +22,7 @@ from models.decoder import Decoder
 from models.family import Family
 from models.logits import scaled_logits
 from sample import noise
-from sample.engine import Progress, Request, SamplingSettings, Statistics
+from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
 from sample.kv_cache import Items, KVCache, slots_that_fit
 from sample.registry import UNMASKING
 from sample.sampling import Draws, draw
@@ -294,41 +294,10 @@ class Generation:
             request_index, sample = self.occupant[slot]
             end = int(self.block_start[slot]) + self.settings.block_size
             response = [x[row, len(self.requests[request_index].prompt_ids) : end] for x in state]
-            self.rollouts[request_index][sample] = self._rollout(request_index, sample, *response, num_forwards=forwards[row])
+            self.rollouts[request_index][sample] = make_rollout(
+                self.requests[request_index], sample, self.settings, *response, forwards[row], self.weights_version
+            )
             self.occupant[slot] = None
         self.active[slots] = False
         self.done[slots] = False
         self.statistics.sequences += len(slots)
-
-    def _rollout(
-        self,
-        request_index: int,
-        sample: int,
-        tokens: Tensor,
-        step_map: Tensor,
-        logprobs: Tensor,
-        entropy: Tensor,
-        num_forwards: int,
-    ) -> Rollout:
-        request, s = self.requests[request_index], self.settings
-        if not logprobs.isfinite().all():
-            raise FloatingPointError(
-                f"task {request.task_id}, sample {sample}: log-probabilities are not finite: the weights have diverged"
-            )
-        response_ids = tokens.tolist()
-        stops = (n for n, token in enumerate(response_ids[: s.max_tokens]) if token in s.stop_ids)
-        stop = next(stops, None)
-        return Rollout(
-            task_id=request.task_id,
-            sample=sample,
-            prompt_ids=list(request.prompt_ids),
-            response_ids=response_ids,
-            step_map=step_map.tolist(),
-            logprobs=logprobs.tolist(),
-            entropy=entropy.tolist(),
-            num_response=s.max_tokens if stop is None else stop + 1,
-            finish="length" if stop is None else "stop",
-            num_forwards=num_forwards,
-            weights_version=self.weights_version,
-            block_size=s.block_size,
-        )

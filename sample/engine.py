@@ -21,6 +21,8 @@ from models.family import Family
 from sample.registry import ENGINES, TARGETS, UNMASKING
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from models.checkpoint import Pretrained
 
 Progress = Callable[[int, int, int], None]
@@ -124,6 +126,44 @@ class SamplingSettings:
     @property
     def num_steps(self) -> int:
         return self.steps_per_block or self.block_size
+
+
+def make_rollout(
+    request: Request,
+    sample: int,
+    settings: SamplingSettings,
+    tokens: Tensor,
+    step_map: Tensor,
+    logprobs: Tensor,
+    entropy: Tensor,
+    num_forwards: int,
+    weights_version: int,
+) -> Rollout:
+    """The record of a finished sequence from what its response's positions hold (host tensors, all of one length).
+
+    Raises FloatingPointError for a log-probability that is not finite.
+    """
+    if not logprobs.isfinite().all():
+        raise FloatingPointError(
+            f"task {request.task_id}, sample {sample}: log-probabilities are not finite: the weights have diverged"
+        )
+    response_ids = tokens.tolist()
+    stops = (n for n, token in enumerate(response_ids[: settings.max_tokens]) if token in settings.stop_ids)
+    stop = next(stops, None)
+    return Rollout(
+        task_id=request.task_id,
+        sample=sample,
+        prompt_ids=list(request.prompt_ids),
+        response_ids=response_ids,
+        step_map=step_map.tolist(),
+        logprobs=logprobs.tolist(),
+        entropy=entropy.tolist(),
+        num_response=settings.max_tokens if stop is None else stop + 1,
+        finish="length" if stop is None else "stop",
+        num_forwards=num_forwards,
+        weights_version=weights_version,
+        block_size=settings.block_size,
+    )
 
 
 @dataclass
