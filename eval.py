@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any, Callable
 
 from common.errors import entry_point
-from common.launch import launch, needs_launch
+from common.launch import launch, needs_launch, writes_the_run
+from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
 from common.run_dir import RunDir, write_text
 from configs.load import load_config, to_yaml
@@ -26,13 +27,15 @@ from data.tasks import load_tasks
 
 
 @entry_point
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, link: Link | None = None) -> None:
+    """link: to the launchers of the other machines (multinode_eval.py)."""
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("eval", argv)
-    RunDir(config.experiment.project).check_path()
+    if writes_the_run(link):
+        RunDir(config.experiment.project).check_path()
     tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
-    if needs_launch(config):
-        launch(config, sys.argv[0], argv)
+    if needs_launch(config, link):
+        launch(config, sys.argv[0], argv, link)
     run(config, tasks)
 
 
@@ -52,7 +55,7 @@ def run(config: Any, tasks: list[Task]) -> None:
         config.training.seed,
         check=lambda model: Evaluator.check(config, model),
     )
-    engine = build_engine(model.decoder, model.family, max_active=config.rollout.max_active)
+    engine = build_engine(model.decoder, model.family, config.evaluation.max_active, config.rollout.engine)
     evaluator = Evaluator(config, model, engine, accelerator, tasks)
     try:
         results = evaluator(weights_version=0)
@@ -131,7 +134,8 @@ class Evaluator:
         from train.engine_weights import EngineWeights
 
         weights = EngineWeights(run.accelerator, run.model)
-        engine = build_engine(weights.decoder, run.model.family, max_active=run.config.rollout.max_active)
+        config = run.config
+        engine = build_engine(weights.decoder, run.model.family, config.evaluation.max_active, config.rollout.engine)
         return cls(run.config, run.model, engine, run.accelerator, tasks, weights.refresh)
 
     @staticmethod
@@ -156,7 +160,10 @@ class Evaluator:
         requests, too_long = PromptBuilder(self.config, decoding, self.model)(self.tasks, k)
         settings = sampling_settings(decoding, self.model, self.config.training.seed)
         start = time.perf_counter()
-        rollouts = sample_on_all_ranks(self.engine, requests, settings, self.accelerator, weights_version, f"evaluation: {name}")
+        title = f"evaluation: {name}"
+        rollouts = sample_on_all_ranks(
+            self.engine, requests, settings, self.accelerator, weights_version, title, decoding.deterministic
+        )
         seconds = time.perf_counter() - start
         self.engine.release()  # what follows, an update or a judge on this GPU, wants the memory of its cache
         scored = score_on_all_ranks(self.scorer, rollouts, self.accelerator)

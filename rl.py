@@ -14,23 +14,26 @@ from pathlib import Path
 from typing import Any, Callable
 
 from common.errors import UserError, entry_point, warn
-from common.launch import already_launched, launch, needs_launch
+from common.launch import already_launched, launch, needs_launch, writes_the_run
+from common.nodes_link import Link
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
 from common.run_dir import RunDir, is_over
 
 
 @entry_point
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, link: Link | None = None) -> None:
+    """link: to the launchers of the other machines (multinode_rl.py)."""
     from configs.load import load_config
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("rl", argv)
-    if is_over(config):
+    if writes_the_run(link) and is_over(config):
         return
     tasks, eval_tasks = load_data(config)
-    make_missing_model(config)
-    if needs_launch(config):
-        launch(config, sys.argv[0], argv)
+    if writes_the_run(link):
+        make_missing_model(config)
+    if needs_launch(config, link):
+        launch(config, sys.argv[0], argv, link)
     rl = RLRun(config, tasks, eval_tasks)
     try:
         for step in range(rl.run.step + 1, config.experiment.total_step + 1):
@@ -102,7 +105,8 @@ class RLRun:
         self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check)
         model = self.run.model
         self.engine_weights = EngineWeights(self.run.accelerator, model)
-        self.engine = build_engine(self.engine_weights.decoder, model.family, max_active=config.rollout.max_active)
+        rollout = config.rollout
+        self.engine = build_engine(self.engine_weights.decoder, model.family, rollout.max_active, rollout.engine)
         self.prompts = PromptBuilder(config, config.rollout, model)
         self.scorer = Scorer(config, {task.id: task for task in tasks}, model.tokenizer)
         self.cursor = TaskCursor(tasks, config.training.seed)
@@ -169,7 +173,8 @@ class RLRun:
         self.engine_weights.refresh(version)
         if self.run.value is not None:
             self.run.value.rest()
-        rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title)
+        by_index = self.config.rollout.deterministic
+        rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title, by_index)
         self.engine.release()  # the update, and a judge on this GPU, want the memory of its cache
         if self.run.is_main:
             write_jsonl(file, rollouts)
@@ -192,7 +197,7 @@ class RLRun:
             if self.run.value is not None:
                 self.run.value.wake()
             metrics = self.policy_update(trained, step) if trained else {}
-        if not metrics:
+        if not metrics and self.run.is_main:
             warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")
         self.step_metrics |= {"train/skipped": float(not metrics), **metrics}
 

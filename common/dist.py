@@ -22,9 +22,11 @@ from __future__ import annotations
 import atexit
 import contextlib
 import datetime
+import itertools
 import logging
 import os
 import time
+import uuid
 import warnings
 from contextlib import contextmanager
 from pathlib import Path
@@ -314,6 +316,25 @@ def broadcast_object(accelerator: Accelerator, item: T | None = None) -> T:
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(items, src=0, group=_host_group())
     return items[0]
+
+
+class SharedCounter:
+    """Counts 0, 1, 2, ... over all ranks: each number goes to exactly one of them, whoever asks first. It lives in the key-value
+    store of the process group (the launcher's, which all machines reach), so asking waits for no other rank."""
+
+    def __init__(self, accelerator: Accelerator) -> None:
+        """All ranks together: rank 0 names it, so that no two of them are ever mixed up."""
+        self._is_main, self._alone = accelerator.is_main_process, itertools.count()
+        self._name = broadcast_object(accelerator, f"unmask/counter/{uuid.uuid4().hex}")
+        self._store = torch.distributed.distributed_c10d._get_default_store() if accelerator.num_processes > 1 else None
+
+    def next(self) -> int:
+        return next(self._alone) if self._store is None else self._store.add(self._name, 1) - 1
+
+    def close(self) -> None:
+        """Take it out of the store, when no rank will ask again."""
+        if self._store is not None and self._is_main:
+            self._store.delete_key(self._name)
 
 
 @contextmanager

@@ -59,12 +59,9 @@ def tokens_per_forward(rollouts: Iterable[Rollout]) -> float:
 
 
 def steps_of_blocks(rollout: Rollout) -> list[int]:
-    """For every block with a revealed token, in order: the number of distinct steps that revealed its tokens.
-
-    Blocks are cut on absolute positions, the prompt included.
-    """
+    """For every block with a revealed token, in order: the number of distinct steps that revealed its tokens."""
     steps: dict[int, set[int]] = defaultdict(set)
-    for position, step in enumerate(rollout.step_map, start=len(rollout.prompt_ids)):
+    for position, step in enumerate(rollout.step_map, start=len(rollout.prompt_ids) - rollout.block_origin):
         if step > 0:
             steps[position // rollout.block_size].add(step)
     return [len(steps[block]) for block in sorted(steps)]

@@ -53,12 +53,21 @@ class Rollout:
     weights_version: int
     """Optimizer steps taken by the weights that sampled it."""
     block_size: int
-    """Blocks are cut at multiples of this, counted from the start of the prompt. Full attention: the sampling block."""
+    """Blocks have this many tokens, counted from `block_origin`."""
 
     def __post_init__(self) -> None:
         lengths = {len(self.response_ids), len(self.step_map), len(self.logprobs), len(self.entropy)}
         assert len(lengths) == 1, f"per-token lists of {self.task_id}/{self.sample} differ in length: {lengths}"
         assert 0 <= self.num_response <= len(self.response_ids)
+
+    @property
+    def block_origin(self) -> int:
+        """The position from which blocks are counted: 0, the prompt included (block attention), or the prompt's end (full attention).
+
+        Responses are whole blocks, so their lengths tell the two apart; where the prompt is whole blocks too they are one.
+        """
+        is_canvas = len(self.prompt_ids) % self.block_size and len(self.response_ids) % self.block_size == 0
+        return len(self.prompt_ids) if is_canvas else 0
 
 
 @dataclass

@@ -27,6 +27,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """
         experiment.total_step experiment.save_every experiment.eval_every experiment.save_state_every
         experiment.train_value_every experiment.current_epoch experiment.num_node experiment.num_processes
+        system.ssh_port system.start_timeout_seconds system.silence_timeout_seconds
         model.image_resolution model.block_size
         rollout.num_task_per_step rollout.num_response_per_task rollout.resample_max_rounds
         rollout.reward_model.reward_chunk_length rollout.reward_model.k_sample rollout.reward_model.max_model_len
@@ -37,12 +38,13 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         reward.judge.concurrency reward.judge.timeout_seconds
         training.shrink training.block_size training.mask_times_per_sample training.max_gen_length training.max_prompt_len
         training.eps training.eps_high training.importance_cap training.num_updates_per_step training.num_train_epochs
+        training.max_rows_per_response
         training.batch_size_lm training.gradient_accumulation_steps training.max_tokens_per_microbatch training.head_chunk
         training.max_grad_norm training.max_steps training.batch_size training.eval_every
         training.lora.alpha
         optimizer.params.epsilon
         """
-        + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active further_horizon"),
+        + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active pad_target_penalty"),
     ),
     (
         "0 or more",
@@ -57,7 +59,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         optimizer.params.weight_decay
         lr_scheduler.params.learning_rate lr_scheduler.params.warmup_steps
         """
-        + _of_decoding("temperature top_k entropy_bound alg_temp pad_target_penalty"),
+        + _of_decoding("temperature top_k entropy_bound alg_temp further_horizon"),
     ),
     (
         "above 0 and at most 1",
@@ -107,7 +109,7 @@ def check(config: Config, job: str) -> None:
     _check_experiment(config)
     _check_registries(config, job)
     _check_evaluation(config)
-    _check_decoding(config)
+    _check_decoding(config, job)
     _check_training(config)
     _check_lora(config, job)
     if job != "sft":
@@ -123,7 +125,12 @@ def _check_experiment(config: Config) -> None:
     if e.node_index >= e.num_node:
         raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
     if e.deepspeed_file is not None:
-        read_deepspeed_file(e.deepspeed_file)
+        machines = read_deepspeed_file(e.deepspeed_file).num_machines
+        if machines != e.num_node:
+            raise UserError(
+                f"experiment.deepspeed_file: got {e.deepspeed_file}, which is for {machines} machine{'s' * (machines > 1)}, but "
+                f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
+            )
 
 
 def _check_registries(config: Config, job: str) -> None:
@@ -150,15 +157,20 @@ def _check_registries(config: Config, job: str) -> None:
         _registered(METHODS, config.training.method, "training.method")
         if config.training.objective is not None:
             _registered(OBJECTIVES, config.training.objective, "training.objective")
-        stage = METHODS.get(config.training.method).stage
-        if stage != job:
-            fitting = [name for name in METHODS if METHODS.get(name).stage == job]
+        method, family = METHODS.get(config.training.method), FAMILIES.get(config.model.model_base)
+        if not method.fits(job):
+            fitting = [name for name in METHODS if METHODS.get(name).fits(job)]
             raise UserError(
-                f"training.method: got {config.training.method!r}, which is a method of {stage}, "
+                f"training.method: got {config.training.method!r}, which is a method of {method.stage}, "
                 f"must be one of {', '.join(fitting)}"
             )
-        method = METHODS.get(config.training.method)
-        _check_engine_logprobs(config, method.follows_steps)
+        if method.trace == "next_token" and family.logit_shift != 1:
+            raise UserError(
+                f"training.method: got {config.training.method!r}, which trains a token at the position before it, but "
+                f"{config.model.model_base} predicts it at its own: choose random_masking or semi-ar"
+            )
+        if job == "rl":
+            _check_engine_logprobs(config, method.is_sampled(config.training, config.rollout, family.attention), family.attention)
         has_judge = config.reward.judge.base_url is not None or config.model.process_reward_model is not None
         if has_judge and (config.model.value_shared or config.model.value_base_model is not None) and method.trace != "trace":
             warn_once(
@@ -167,7 +179,7 @@ def _check_registries(config: Config, job: str) -> None:
             )
 
 
-def _check_engine_logprobs(config: Config, follows_steps: bool) -> None:
+def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> None:
     """The engine's log-probs mean something to the trainer only where it trains the very slices that were sampled."""
     t = config.training
     is_single = t.num_updates_per_step == 1
@@ -186,9 +198,14 @@ def _check_engine_logprobs(config: Config, follows_steps: bool) -> None:
             f"training.beta={t.beta} holds to the old policy, which is the current one in every update here: the term has no "
             "gradient; set training.kl_to=reference, or several updates per step"
         )
-    is_same = follows_steps and t.shrink == 1 and t.block_size == config.rollout.block_size
+    cache = config.rollout.cache_kind
+    if attention == "full" and t.old_logprobs == "engine" and cache != "none":
+        raise UserError(
+            f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so the "
+            "engine's log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
+        )
     for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
-        if is_asked and not is_same:
+        if is_asked and not is_sampled:
             raise UserError(
                 f"training.{key}: got {getattr(t, key)!r}, which needs the log-probs of sampling, but training.method="
                 f"{t.method}, shrink={t.shrink}, block_size={t.block_size} trains other slices than were sampled: leave it out"
@@ -215,42 +232,77 @@ def _check_evaluation(config: Config) -> None:
             )
 
 
-def _decodings(config: Config) -> Iterator[tuple[str, Any]]:
-    yield "rollout", config.rollout
-    for variant in config.evaluation.variants():
+def _decodings(config: Config, job: str) -> Iterator[tuple[str, Any]]:
+    """The decodings that the job samples with, and the sections that they are from."""
+    if job == "rl":
+        yield "rollout", config.rollout
+    evaluates = job == "eval" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None)
+    for variant in config.evaluation.variants() if evaluates else []:
         yield "evaluation", variant
 
 
-def _check_decoding(config: Config) -> None:
+def _check_decoding(config: Config, job: str) -> None:
     from models.registry import FAMILIES
     from sample.registry import TARGETS, UNMASKING
 
-    block_model = FAMILIES.get(config.model.model_base).attention == "block"
-    if config.model.block_size is not None and not block_model:
+    is_block = FAMILIES.get(config.model.model_base).attention == "block"
+    if config.model.block_size is not None and not is_block:
         raise UserError(
             f"model.block_size: got {config.model.block_size}, but {config.model.model_base} is no block model: leave it out"
         )
-    for section, d in _decodings(config):
+    for section, d in _decodings(config, job):
         _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
         _registered(TARGETS, d.target, f"{section}.target")
-        if block_model and d.denoising_steps_per_block > d.block_size:
-            raise UserError(
-                f"{section}.denoising_steps_per_block: got {d.denoising_steps_per_block}, must be at most {section}.block_size, "
-                f"which is {d.block_size}: every forward reveals at least one token"
-            )
-        if not block_model and d.max_token % d.block_size:
-            raise UserError(
-                f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
-            )
-        if not block_model and d.steps > d.max_token:
-            raise UserError(
-                f"{section}.steps: got {d.steps}, must be at most {section}.max_gen_length, which is {d.max_token}: "
-                "every forward reveals at least one token"
-            )
-    if not block_model and config.training.old_logprobs == "engine" and config.rollout.use_cache:
+        if is_block:
+            _check_blocks(section, d)
+        else:
+            _check_canvas(section, d)
+        kind = f"{config.model.model_base} has block attention" if is_block else f"{config.model.model_base} has full attention"
+        others = {**ONLY_FULL, "steps": d.max_token} if is_block else {"denoising_steps_per_block": d.block_size}
+        unused = [f"{section}.{name}" for name, default in others.items() if getattr(d, name) != default]
+        if unused:
+            warn_once(f"settings that have no use, as {kind}: {', '.join(unused)}")
+
+
+ONLY_FULL = {
+    "use_cache": True,
+    "cache": None,
+    "further_horizon": None,
+    "stop_early": False,
+    "batch_size": None,
+    "alg_temp": 0.0,
+    "pad_target_penalty": 1.0,
+}
+"""Settings of decoding that full attention alone has, and their defaults."""
+
+
+def _check_blocks(section: str, d: Any) -> None:
+    if d.denoising_steps_per_block > d.block_size:
         raise UserError(
-            "training.old_logprobs: got 'engine' with rollout.use_cache=true, but the cache of full-attention models is "
-            "approximate, so its log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
+            f"{section}.denoising_steps_per_block: got {d.denoising_steps_per_block}, must be at most {section}.block_size, "
+            f"which is {d.block_size}: every forward reveals at least one token"
+        )
+
+
+def _check_canvas(section: str, d: Any) -> None:
+    if d.further_horizon is not None and d.cache_kind == "none":
+        warn_once(
+            f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"
+        )
+    if d.max_token % d.block_size:
+        raise UserError(
+            f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
+        )
+    if d.steps > d.max_token:
+        raise UserError(
+            f"{section}.steps: got {d.steps}, must be at most {section}.max_gen_length, which is {d.max_token}: "
+            "every forward reveals at least one token"
+        )
+    num_blocks = d.max_token // d.block_size
+    if d.steps < num_blocks:
+        raise UserError(
+            f"{section}.steps: got {d.steps}, must be at least {num_blocks}: {section}.max_gen_length={d.max_token} is as many "
+            f"blocks of {d.block_size}, and each of them takes a forward"
         )
 
 
@@ -367,9 +419,9 @@ def _check_sft(config: Config) -> None:
             f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "
             "give only one of them"
         )
-    if t.method == "trace":
+    if t.method in ("trace", "ar"):
         for key in ["complementary_mask", "loss_weight_by_ratio"]:
             if getattr(t, key):
-                raise UserError(f"training.{key}: got true, but method trace draws no masks: choose semi-ar, or leave it out")
+                raise UserError(f"training.{key}: got true, but method {t.method} draws no masks: choose semi-ar, or leave it out")
     if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")

@@ -37,8 +37,6 @@ UNUSED = {
     "system.base_dir": "processes start where the launcher starts",
     "rollout.tensor_parallel_size": "every process holds an engine of its own",
     "evaluation.tensor_parallel_size": "every process holds an engine of its own",
-    "rollout.deterministic": "prompts are always dealt out by index",
-    "evaluation.deterministic": "prompts are always dealt out by index",
     "rollout.output_unmasking_history": "step maps are always kept",
     "evaluation.output_unmasking_history": "step maps are always kept",
     "evaluation.num_task_per_step": "all tasks are evaluated",

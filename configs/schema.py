@@ -102,12 +102,28 @@ class Dataset:
 
 @dataclass
 class System:
-    """Environment variables, set at the start of every process. Null: as they are."""
+    """The environment of every process, and how a job gets to its other machines (docs/multinode.md)."""
 
     HTTP_PROXY: str | None = None
-    """Proxy for downloads, for http and https."""
+    """Proxy for downloads, for http and https: an environment variable, set at the start of every process. Null: as it is."""
     HF_HOME: str | None = None
-    """Cache of the Hugging Face libraries."""
+    """Cache of the Hugging Face libraries, set likewise."""
+    launcher: Literal["auto", "pdsh", "ssh", "none"] = "auto"
+    """How machine 0 starts the job on the others, where MLP_WORKER_<i>_HOST name them. None: not at all, the same command is
+    started on every machine. Auto: pdsh where it is installed, else ssh. Under Slurm, torchrun, Kubernetes it is none."""
+    ssh_user: str | None = None
+    """User on the other machines; null: as ssh has it."""
+    ssh_port: int | None = None
+    """Port of ssh there; null: as ssh has it."""
+    ssh_options: list[str] = field(default_factory=list)
+    """Further options of ssh, as behind its -o: StrictHostKeyChecking=no, IdentityFile=/path."""
+    pass_environment: list[str] = field(default_factory=list)
+    """Environment variables of machine 0 that the processes of the others get too, beside proxies, caches, HF_HUB_*, NCCL_* and
+    the like: names, or beginnings of names that end in *."""
+    start_timeout_seconds: float = 600.0
+    """How long machine 0 waits for the others before the start."""
+    silence_timeout_seconds: float = 30.0
+    """A machine that nothing has been heard of for so long is lost: the job ends everywhere, and can be started again."""
 
 
 @dataclass
@@ -141,23 +157,37 @@ class Decoding:
     steps: int | None = None
     """Full attention, static: forwards of the whole response; null: max_token."""
     use_cache: bool = True
-    """Full attention: keep keys and values of what is outside the current block (approximate)."""
+    """Full attention: cache prefix. False: cache none."""
+    cache: Literal["none", "prefix", "dual"] | None = None
+    """Full attention: keys and values that are kept from a block's first forward, over the whole canvas, for its other forwards:
+    none (exact: every forward is over the whole canvas), of what is before the block (prefix), or of what is behind it too (dual:
+    forwards are over the block alone). Both are approximate. Null: as use_cache says."""
     further_horizon: int | None = None
-    """Full attention: tokens behind the current block that each forward also computes; null: to the end."""
+    """Full attention: tokens behind the block that its forwards with a cache compute beside it. What is behind these is not seen at
+    all (prefix; null: they reach to the end), or is seen as it was (dual; null: 0)."""
     stop_early: bool = False
     """Full attention: skip whole blocks behind the first stop token."""
     batch_size: int | None = None
     """Full attention: canvases in flight per process, a hint; null: chosen from free memory."""
     max_active: int = 256
-    """Block models: sequences in flight per process, at most (fewer where the memory is short)."""
+    """Sequences in flight per process, at most (fewer where the memory is short); full attention: see batch_size too. RL samples its
+    evaluations with rollout.max_active."""
     alg_temp: float = 0.0
-    """Dream: temperature of the choice of positions."""
+    """Full attention: draw the positions to reveal in proportion to exp(score / alg_temp); 0: the best ones. Scores are as `target`."""
     pad_target_penalty: float = 1.0
-    """Dream: factor on the confidence of pad tokens."""
+    """Full attention: the score of a position is divided by this where the token drawn for it is the pad token."""
     start_with_think: bool = False
     """Begin the answer with a think tag."""
     stop_token_list: list[str] = field(default_factory=list)
     """Tokens that end a response, besides the family's own."""
+    deterministic: bool = False
+    """Several processes: deal the prompts out by their index, not to whoever is free. A sequence draws the same noise either way;
+    with this it is sampled beside the same others in every run, so that sums are rounded alike too: bit for bit on CPU."""
+
+    @property
+    def cache_kind(self) -> str:
+        """Full attention: `cache`, null resolved."""
+        return self.cache or ("prefix" if self.use_cache else "none")
 
     @property
     def max_response_length(self) -> int:
@@ -185,6 +215,9 @@ class RewardModel:
 class Rollout(Decoding):
     """Sampling of the responses that RL learns from."""
 
+    engine: Literal["auto", "torch", "triton"] = "auto"
+    """Of every job, evaluations included: plain torch, or Triton kernels and CUDA graphs. auto: triton on a CUDA GPU where the
+    family's attention kind has such an engine, else torch."""
     num_task_per_step: int = 128
     """Tasks per RL step."""
     num_response_per_task: int = 16
@@ -295,10 +328,15 @@ class Training:
     objective: str | None = None
     """What is minimised; null: the method's own objective."""
     loss_weighting: Literal["reference", "step", "response", "token", "constant"] = "reference"
-    """Weights of the trained tokens. reference: as its rows amount to; step: 1/(tokens of the denoising step), per response;
+    """Weights of the trained tokens. reference: as its rows amount to (full attention: mean over rows of the mean over the row's
+    tokens, the KL of a row summed); step: 1/(tokens of the denoising step), per response;
     response: mean over responses of the mean over tokens; token: mean over tokens; constant: 1/(responses * max_gen_length)."""
     shrink: int = 1
     """Denoising steps that are joined to one."""
+    max_rows_per_response: int | None = None
+    """Of a response's rows (its denoising steps or its masks; block models: the k-th step of every block at once) train so many,
+    drawn anew for every update, each weighted by rows/drawn: loss and gradient are on average those of all rows. Null: all. Meant
+    for full attention, where every row is a forward of its own. A value model still reads all rows once, without a gradient."""
     block_size: int | None = None
     """Tokens of a training block; null: rollout.block_size."""
     post_num: int | None = None
@@ -308,13 +346,15 @@ class Training:
     upper_p: float = 0.9
     """Random masks: largest ratio of masked tokens."""
     mask_ratio: Literal["per_block", "per_token", "per_response"] = "per_block"
-    """Random masks: what has a ratio of its own, drawn evenly between lower_p and upper_p."""
+    """Random masks: what has a ratio of its own, drawn evenly between lower_p and upper_p. Full attention: a response is one block,
+    except for semi-ar."""
     mask_times_per_sample: int = 1
     """Random masks per response."""
     complementary_mask: bool = False
-    """SFT, semi-ar: every mask comes with its complement, so that the two train each token once."""
+    """Semi-ar and random_masking: every mask comes with its complement, so that the two train each token once."""
     max_gen_length: int | None = None
-    """Responses are cut behind so many tokens; null: rollout.max_token."""
+    """Responses are cut behind so many tokens; null: rollout.max_token. Full attention, SFT: the canvas that shorter ones are
+    filled up to, as sampling would."""
     max_prompt_len: int = 784
     """Longer prompts are dropped, and counted in the log; tokens."""
     eps: float = 0.2
@@ -376,7 +416,8 @@ class Training:
     stop_at_solve_rate: float | None = None
     """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
     loss_weight_by_ratio: bool = False
-    """SFT, semi-ar: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has it."""
+    """Semi-ar and random_masking: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has
+    it."""
     lora: LoRA = field(default_factory=LoRA)
 
 

@@ -62,6 +62,14 @@ CHAT_STYLES.register(
         end="<|eot_id|>",
     ),
 )
+CHAT_STYLES.register(
+    "llama3-mmada",  # one newline behind a header, and every turn begins as the first does
+    ChatStyle(
+        turn="<|startoftext|><|start_header_id|>{role}<|end_header_id|>\n{text}<|eot_id|>",
+        answer="<|startoftext|><|start_header_id|>assistant<|end_header_id|>\n",
+        end="<|eot_id|>",
+    ),
+)
 
 
 def render_chat(

@@ -48,11 +48,14 @@ class Pretrained:
 
     @property
     def eos_ids(self) -> list[int]:
-        """Ids that end a turn, from config.json and the tokenizer."""
+        """Ids that end a turn, from config.json, the tokenizer and the family."""
         ids = self.config.get("eos_token_id")
         ids = list(ids) if isinstance(ids, (list, tuple)) else [ids]
         if self.tokenizer is not None:
             ids.append(self.tokenizer.eos_token_id)
+            if self.family.stop_tokens:
+                special = self.tokenizer.get_added_vocab()
+                ids += [special.get(token) for token in self.family.stop_tokens]
         return sorted({i for i in ids if i is not None})
 
     @property
@@ -251,14 +254,13 @@ def load_weights(decoder: Decoder, family: Family, path: Path, ignore: tuple[str
             raise UserError(
                 f"{path}: {len(missing)} tensors are missing, the first is {missing[0]}: not a {family.name} checkpoint?"
             )
-        if decoder.config.tie_word_embeddings and surplus == {"lm_head.weight"}:
+        if decoder.config.tie_word_embeddings and surplus == {family.head_name}:
             # Some writers store the tied head as well: it has to be the embedding then.
-            if not torch.equal(
-                where["lm_head.weight"].get_tensor("lm_head.weight"),
-                where["model.embed_tokens.weight"].get_tensor("model.embed_tokens.weight"),
-            ):
+            embedding = next(piece.published for piece in pieces if piece.parameter == "embed.weight")
+            head, tied = (where[name].get_tensor(name) for name in (family.head_name, embedding))
+            if not torch.equal(head, tied):
                 raise UserError(
-                    f"{path}: tie_word_embeddings is true but lm_head.weight differs from the embedding: mend config.json"
+                    f"{path}: config.json ties the head, but {family.head_name} differs from {embedding}: mend config.json"
                 )
             surplus = set()
         if surplus:

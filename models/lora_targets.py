@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from common.errors import UserError
 from common.registry import did_you_mean
-from models.family import DecoderConfig, Family, Piece
+from models.family import SMALLEST, DecoderConfig, Family, Piece
 
 LINEAR_WEIGHTS = ("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight")
 """The decoder's linear layers (models/decoder.py). Embedding and head take no adapter."""
@@ -33,8 +33,7 @@ def linear_pieces(family: Family, c: DecoderConfig) -> list[Piece]:
 
 def target_names(family: Family) -> list[str]:
     """The names that `training.lora.target_modules` may hold for a family."""
-    smallest = DecoderConfig(1, 1, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=1, intermediate_size=1)
-    return list(dict.fromkeys(short_name(piece) for piece in linear_pieces(family, smallest)))
+    return list(dict.fromkeys(short_name(piece) for piece in linear_pieces(family, SMALLEST)))
 
 
 def resolve_targets(family: Family, targets: list[str], key: str = "training.lora.target_modules") -> tuple[str, ...]:

@@ -1,10 +1,11 @@
-"""The embedded tiny model: an SDAR-type decoder of about 100,000 parameters and a tokenizer of one id per character.
+"""The embedded tiny model of every family: a decoder of about 100,000 parameters and a tokenizer of one id per character.
 
 It learns the tasks of data/tiny_tasks.py on two CPU cores in a minute: what `make demo`, rl_tiny and most tests run on.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import torch
@@ -12,8 +13,19 @@ import torch
 from data.tiny_tasks import ALPHABET, TINY_SPECIAL_TOKENS
 from models.checkpoint import Pretrained, empty_decoder
 from models.decoder import Decoder
-from models.family import Family
+from models.family import DecoderConfig, Family
 
+TINY_SHAPE = DecoderConfig(
+    vocab_size=0,  # the tokenizer's
+    hidden_size=64,
+    num_layers=2,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=16,
+    intermediate_size=192,
+    rope_theta=1000.0,
+)
+SHAPE_FIELDS = {field.name for field in dataclasses.fields(DecoderConfig)}
 EMBEDDING_STD = 0.5
 """Wide: with 28 ids and 64 dimensions the usual 0.02 takes minutes to grow out of."""
 
@@ -30,25 +42,17 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **TINY_SPECIAL_TOKENS)
 
 
-def tiny_config(tokenizer: Any, **changes: Any) -> dict[str, Any]:
-    """config.json of the tiny model, under SDAR's keys."""
+def tiny_config(family: Family, tokenizer: Any, **changes: Any) -> dict[str, Any]:
+    """config.json of a family's tiny model, under the family's own keys.
+
+    `changes` by fields of `DecoderConfig` (hidden_size, num_layers, ...) change the shape, others are keys of config.json.
+    """
+    of_shape = {name: changes.pop(name) for name in SHAPE_FIELDS & changes.keys()}
+    shape = dataclasses.replace(TINY_SHAPE, **{"vocab_size": len(tokenizer), **of_shape})
     return {
-        "architectures": ["SDARForCausalLM"],
-        "model_type": "sdar",
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-        "intermediate_size": 192,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000.0,
-        "max_position_embeddings": 512,
-        "attention_bias": False,
-        "hidden_act": "silu",
-        "tie_word_embeddings": False,
-        "block_size": 4,
+        **family.config_json(shape),
+        "model_type": family.model_types[0],
+        **({"block_size": 4} if family.attention == "block" else {}),
         "mask_token_id": tokenizer.mask_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -71,9 +75,9 @@ def init_weights(decoder: Decoder, seed: int) -> None:
 def build_tiny(
     family: Family, seed: int = 0, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", **changes: Any
 ) -> Pretrained:
-    """A tiny model with random weights. `changes` override keys of its config.json (hidden_size=..., block_size=...)."""
+    """A tiny model with random weights. `changes` as of `tiny_config`."""
     tokenizer = tiny_tokenizer()
-    config = tiny_config(tokenizer, **changes)
+    config = tiny_config(family, tokenizer, **changes)
     decoder = empty_decoder(family, config, dtype, device)
     init_weights(decoder, seed)
     return Pretrained(decoder, family, tokenizer, config, None, config["mask_token_id"])

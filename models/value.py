@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from models.checkpoint import Pretrained, load_pretrained, read_tensor, save_pretrained
 from models.decoder import Attend, Decoder
 from models.lora import read_extra
+from models.registry import FAMILIES
 
 VALUE_HEAD = "value_head.weight"
 """Its published name, [1, D]."""
@@ -47,7 +48,8 @@ def load_value_model(
     name: str, model_base: str, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 0
 ) -> tuple[Pretrained, ValueModel]:
     """A value model from a checkpoint: its own head where it has one, else a head of zeros."""
-    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore=(VALUE_HEAD, "lm_head.weight"), setting=SETTING)
+    ignore = (VALUE_HEAD, FAMILIES.get(model_base, "model.model_base").head_name)
+    pretrained = load_pretrained(name, model_base, dtype, device, seed, ignore, setting=SETTING)
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
     if pretrained.adapter is not None:

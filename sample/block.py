@@ -11,7 +11,6 @@ Shapes: S slots, T positions of a slot, B block size; n active sequences, M mask
 from __future__ import annotations
 
 import time
-from collections import deque
 
 import torch
 from torch import Tensor
@@ -20,28 +19,23 @@ from common.errors import UserError
 from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
-from models.logits import scaled_logits
 from sample import noise
 from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
 from sample.kv_cache import Items, KVCache, slots_that_fit
+from sample.queue import ListQueue, WorkQueue
 from sample.registry import UNMASKING
-from sample.sampling import Draws, draw
+from sample.sampling import draw_rows
 from sample.unmask import Candidates, schedule
 
 PREFILL_TOKENS = 16_384
 """Of one prefill forward, padding included."""
-LOGITS_AT_A_TIME = 2**26
-"""Entries of the largest [rows, vocabulary] tensor: 256 MiB."""
 
 
 class BlockEngine:
     """Samples from a block-diffusion decoder; keeps its cache between calls."""
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
-        if family.logit_shift != 0:
-            raise UserError(f"model.model_base: {family.name} shifts its logits, block sampling needs a family that does not")
-        if max_active < 1:
-            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+        check_family(family, max_active)
         self.decoder = decoder
         self.max_active = max_active
         self.cache: KVCache | None = None
@@ -55,49 +49,62 @@ class BlockEngine:
         settings: SamplingSettings,
         weights_version: int = 0,
         progress: Progress | None = None,
+        queue: WorkQueue | None = None,
     ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples."""
+        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
         started = time.perf_counter()
         self.statistics = Statistics()
-        num_sequences = sum(request.num_samples for request in requests)
-        if num_sequences == 0:
+        queue = queue or ListQueue(requests)
+        if queue.share == 0:
             return []
-        self._reserve(requests, settings, num_sequences)
-        generation = Generation(self.decoder, self.cache, requests, settings, weights_version, self.max_active, self.statistics)
-        while generation.pending:
-            generation.admit()
+        num_slots = min(self.max_active, queue.share)
+        num_slots = min(num_slots, self._reserve(requests, settings, num_slots))
+        generation = Generation(self.decoder, self.cache, requests, settings, weights_version, num_slots, queue, self.statistics)
+        while generation.admit():
             generation.step()
             generation.retire()
             self.statistics.seconds = time.perf_counter() - started
             if progress is not None:
                 progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
-        return [rollout for rollouts in generation.rollouts for rollout in rollouts]
+        return [rollout for _, rollout in sorted(generation.rollouts.items())]
 
     def release(self) -> None:
         self.cache = None
 
-    def _reserve(self, requests: list[Request], settings: SamplingSettings, num_sequences: int) -> None:
-        """Have a cache for the longest request, and for as many sequences as are wanted and fit."""
+    def _reserve(self, requests: list[Request], settings: SamplingSettings, wanted: int) -> int:
+        """Have a cache for the longest request, and for as many sequences as are wanted and fit: their number."""
         config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        for request in requests:
-            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
-                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
-        length = max(whole_length(len(request.prompt_ids), settings) for request in requests)
-        wanted = min(self.max_active, num_sequences)
-        if self.cache is not None and self.cache.fits(config, wanted, length, dtype, device):
-            return
-        self.release()
-        num_slots = slots_that_fit(config, wanted, length, dtype, device)
-        self.cache = KVCache(config, num_slots, length, dtype, device)
+        check_prompts(requests, config.vocab_size)
+        length = max(whole_length(request, n, settings) for request in requests for n in range(request.num_samples))
+        if self.cache is None or not self.cache.fits(config, wanted, length, dtype, device):
+            self.release()
+            num_slots = slots_that_fit(config, wanted, length, dtype, device)
+            self.cache = KVCache(config, num_slots, length, dtype, device)
+        return self.cache.num_slots
 
 
-def whole_length(prompt_length: int, settings: SamplingSettings) -> int:
+def check_family(family: Family, max_active: int) -> None:
+    """Raises UserError where an engine of blocks cannot sample from the family."""
+    if family.logit_shift != 0:
+        raise UserError(f"model.model_base: {family.name} shifts its logits, block sampling needs a family that does not")
+    if max_active < 1:
+        raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+
+
+def check_prompts(requests: list[Request], vocab_size: int) -> None:
+    """Raises UserError for a token id that the model does not have."""
+    for request in requests:
+        if not all(0 <= token < vocab_size for token in request.prompt_ids):
+            raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {vocab_size}")
+
+
+def whole_length(request: Request, sample: int, settings: SamplingSettings) -> int:
     """Prompt and longest response, rounded up to the end of a block."""
-    return -(-(prompt_length + settings.max_tokens) // settings.block_size) * settings.block_size
+    return -(-(len(request.prompt_ids) + request.limit(sample, settings)) // settings.block_size) * settings.block_size
 
 
 class Generation:
-    """One call of `generate`: admit -> step -> retire until nothing is pending.
+    """One call of `generate`: admit -> step -> retire until nothing is in flight.
 
     The sequences' state lives on the device. Of it the host knows `status`, read once per step: what the next step's items
     are, and who is done.
@@ -110,14 +117,13 @@ class Generation:
         requests: list[Request],
         settings: SamplingSettings,
         weights_version: int,
-        max_active: int,
+        num_slots: int,
+        queue: WorkQueue,
         statistics: Statistics,
     ) -> None:
         self.decoder, self.cache, self.requests, self.settings = decoder, cache, requests, settings
-        self.weights_version, self.statistics = weights_version, statistics
-        self.rollouts: list[list[Rollout | None]] = [[None] * request.num_samples for request in requests]
-        self.waiting = deque((r, sample) for r, request in enumerate(requests) for sample in range(request.num_samples))
-        num_slots = min(cache.num_slots, max_active)
+        self.weights_version, self.queue, self.statistics = weights_version, queue, statistics
+        self.rollouts: dict[tuple[int, int], Rollout] = {}  # by (request, sample)
         self.occupant: list[tuple[int, int] | None] = [None] * num_slots  # (request, sample) in each slot
         self.leader: tuple[int, int] | None = None  # (request, slot): the newest request, and where its prompt was prefilled
 
@@ -142,26 +148,29 @@ class Generation:
         self.stop_ids = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
         self.forbidden = torch.tensor(settings.forbidden_ids, device=device) if settings.forbidden_ids else None
 
-    @property
-    def pending(self) -> bool:
-        return bool(self.waiting) or bool(self.active.any())
+    def admit(self) -> bool:
+        """Fill free slots with sequences from the queue. A prompt is prefilled for the first of its sequences and copied to the
+        others. Returns whether any sequence is in flight.
 
-    def admit(self) -> None:
-        """Fill free slots with waiting sequences. A prompt is prefilled for the first of its sequences and copied to the others.
-
-        Requests are admitted in order, so only the newest one can have sequences both in slots and waiting, and every slot
-        filled since its first sequence came belongs to it: that sequence's slot holds its prompt until all have been admitted.
+        Requests come in order, so only the newest one can have sequences both in slots and to come, and every slot filled since
+        its first sequence came belongs to it: that sequence's slot holds its prompt until all have been admitted.
         """
-        free = (~self.active).nonzero().squeeze(1).tolist()[: len(self.waiting)]
-        if not free:
-            return
+        free = (~self.active).nonzero().squeeze(1).tolist()
+        coming: list[tuple[int, int]] = []  # (request, sample)
+        while len(coming) < len(free) and (unit := self.queue.take(len(free) - len(coming))) is not None:
+            coming += [(unit.request, sample) for sample in unit.samples]
+        if coming:
+            self._fill(free[: len(coming)], coming)
+        return bool(self.active.any())
+
+    def _fill(self, free: list[int], coming: list[tuple[int, int]]) -> None:
+        """Put sequences, (request, sample), into slots `free`."""
         s, size = self.settings, self.settings.block_size
         lead: list[int] = []  # slots whose prompt has to be prefilled
         follow: dict[bool, list[tuple[int, int]]] = {True: [], False: []}  # by whether the leader is new: (leader, slot)
         rows = torch.full((len(free), self.cache.length), s.mask_id)
         keys, facts = [], []
-        for row, slot in enumerate(free):
-            request_index, sample = self.waiting.popleft()
+        for row, (slot, (request_index, sample)) in enumerate(zip(free, coming, strict=True)):
             request = self.requests[request_index]
             self.occupant[slot] = request_index, sample
             if self.leader is None or self.leader[0] != request_index:
@@ -173,7 +182,7 @@ class Generation:
             rows[row, :length] = torch.tensor(request.prompt_ids, dtype=torch.int64)
             start = length // size * size
             keys.append(noise.sequence_key(s.seed, request.task_id, sample))
-            facts.append([length, length + s.max_tokens, whole_length(length, s), 0, 0])
+            facts.append([length, length + request.limit(sample, s), whole_length(request, sample, s), 0, 0])
             self.block_start[slot] = start
             self.masked[slot] = torch.arange(start, start + size) >= length
             self.active[slot], self.commit[slot], self.done[slot] = True, False, False
@@ -231,7 +240,8 @@ class Generation:
         forward, key = self.forwards[slots], self.key[slots]
         row_slot = masked_rows // size
         row_forward = forward[row_slot]
-        draws = self._draw(hidden[masked_rows], noise.row_keys(key[row_slot], items.positions[masked_rows], row_forward))
+        row_keys = noise.row_keys(key[row_slot], items.positions[masked_rows], row_forward)
+        draws = draw_rows(self.decoder, hidden[masked_rows], row_keys, self.settings, self.forbidden)
 
         grid = torch.zeros(2, masked.numel(), device=device)
         grid[:, masked_rows] = torch.stack([draws.score, draws.score_entropy])
@@ -250,18 +260,6 @@ class Generation:
         self.statistics.sequence_forwards += len(active)
         self.statistics.commit_items += len(committing)
         self._advance(active, slots, masked & ~reveal, reveal, items)
-
-    def _draw(self, hidden: Tensor, keys: Tensor) -> Draws:
-        """Logits and tokens of masked rows [M, D], so many rows at a time that logits stay small."""
-        s, head = self.settings, self.decoder.lm_head
-        parts = []
-        at_a_time = max(1, LOGITS_AT_A_TIME // self.decoder.config.vocab_size)
-        for rows, row_keys in zip(hidden.split(at_a_time), keys.split(at_a_time)):
-            logits = head(rows, lambda rows, weight: scaled_logits(rows, weight, s.logits_temperature, self.forbidden))
-            parts.append(draw(logits, row_keys, s))
-        if len(parts) == 1:
-            return parts[0]
-        return Draws(*(torch.cat([getattr(part, name) for part in parts]) for name in Draws.__annotations__))
 
     def _advance(self, active: Tensor, slots: Tensor, left: Tensor, reveal: Tensor, items: Items) -> None:
         """Go to the next step of the block, to the next block, or be done; then the step's one read by the host.
@@ -294,7 +292,7 @@ class Generation:
             request_index, sample = self.occupant[slot]
             end = int(self.block_start[slot]) + self.settings.block_size
             response = [x[row, len(self.requests[request_index].prompt_ids) : end] for x in state]
-            self.rollouts[request_index][sample] = make_rollout(
+            self.rollouts[request_index, sample] = make_rollout(
                 self.requests[request_index], sample, self.settings, *response, forwards[row], self.weights_version
             )
             self.occupant[slot] = None

@@ -18,12 +18,13 @@ from common.errors import UserError
 from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
-from sample.registry import ENGINES, TARGETS, UNMASKING
+from sample.registry import ENGINES, KERNEL_ENGINES, TARGETS, UNMASKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from models.checkpoint import Pretrained
+    from sample.queue import WorkQueue
 
 Progress = Callable[[int, int, int], None]
 """Called after every forward of the engine with (finished sequences, revealed tokens, denoising forwards of all sequences)."""
@@ -37,6 +38,19 @@ class Request:
     """Names the task: it keys the sampling noise, so it has to be stable between runs."""
     prompt_ids: list[int]
     num_samples: int = 1
+    max_tokens: int | tuple[int, ...] | None = None
+    """Longest response to this prompt, where it is not the settings'; a tuple: of each of its samples."""
+
+    def __post_init__(self) -> None:
+        limits = self.max_tokens if isinstance(self.max_tokens, tuple) else () if self.max_tokens is None else (self.max_tokens,)
+        assert all(limit >= 1 for limit in limits), f"task {self.task_id}: max_tokens must be at least 1"
+        assert not isinstance(self.max_tokens, tuple) or len(limits) == self.num_samples, f"task {self.task_id}: a limit per sample"
+
+    def limit(self, sample: int, settings: SamplingSettings) -> int:
+        """Tokens of the longest response that this sample may have."""
+        if self.max_tokens is None:
+            return settings.max_tokens
+        return self.max_tokens if isinstance(self.max_tokens, int) else self.max_tokens[sample]
 
 
 @dataclass(frozen=True)
@@ -69,16 +83,38 @@ class SamplingSettings:
     """0: off."""
     top_p: float = 1.0
     """1: off."""
+    top_p_first: bool = False
+    """Top-p of all ids, not of those that top-k leaves."""
     greedy: bool = False
     """Take the most probable token at any temperature."""
     seed: int = 0
+    # Full attention (sample/canvas.py): the canvas is the prompt and max_tokens behind it; blocks count from the prompt's end.
+    steps: int | None = None
+    """Denoising forwards of the whole response under a fixed schedule; None: max_tokens."""
+    cache: Literal["none", "prefix", "dual"] = "none"
+    """Of what keys and values are kept from a block's first forward for its others: of nothing; of what is before the block; or of
+    what is behind it too."""
+    further_horizon: int | None = None
+    """Tokens behind the block that its forwards with a cache compute beside it. What is behind them is not seen (prefix), or seen
+    as it was (dual). None: all of them (prefix), none (dual)."""
+    stop_early: bool = False
+    """Skip the blocks behind the first one with a stop token: they stay masks."""
+    batch_size: int | None = None
+    """Canvases in flight, at most; never changes a result. None: as many as fit into the memory."""
+    alg_temp: float = 0.0
+    """Draw the positions to reveal in proportion to exp(score / alg_temp), without replacement; 0: the best ones."""
+    pad_target_penalty: float = 1.0
+    """What the score of a position is divided by where the drawn token is `pad_id`."""
+    pad_id: int | None = None
 
     def __post_init__(self) -> None:
-        for name, least in [("max_tokens", 1), ("block_size", 1), ("temperature", 0), ("top_k", 0), ("entropy_bound", 0)]:
-            if getattr(self, name) < least:
-                raise UserError(f"{name}: got {getattr(self, name)}, must be at least {least}")
-        if self.steps_per_block is not None and self.steps_per_block < 1:
-            raise UserError(f"steps_per_block: got {self.steps_per_block}, must be at least 1")
+        least = {"max_tokens": 1, "block_size": 1, "temperature": 0, "top_k": 0, "entropy_bound": 0, "alg_temp": 0}
+        least |= {"steps_per_block": 1, "steps": 1, "batch_size": 1, "further_horizon": 0}
+        for name, bound in least.items():
+            if getattr(self, name) is not None and getattr(self, name) < bound:
+                raise UserError(f"{name}: got {getattr(self, name)}, must be at least {bound}")
+        if self.pad_target_penalty <= 0:
+            raise UserError(f"pad_target_penalty: got {self.pad_target_penalty}, must be above 0")
         if not 0 < self.top_p <= 1:
             raise UserError(f"top_p: got {self.top_p}, must be above 0 and at most 1")
         UNMASKING.get(self.strategy)
@@ -101,6 +137,13 @@ class SamplingSettings:
             temperature=decoding.temperature,
             top_k=decoding.top_k,
             top_p=decoding.top_p,
+            steps=decoding.steps,
+            cache=decoding.cache_kind,
+            further_horizon=decoding.further_horizon,
+            stop_early=decoding.stop_early,
+            batch_size=decoding.batch_size,
+            alg_temp=decoding.alg_temp,
+            pad_target_penalty=decoding.pad_target_penalty,
         )
         ids = dict(mask_id=mask_id, stop_ids=tuple(stop_ids), forbidden_ids=tuple(forbidden_ids))
         return cls(**{**settings, **ids, "seed": seed, **changes})
@@ -109,6 +152,8 @@ class SamplingSettings:
     def for_model(cls, model: Pretrained, max_tokens: int, **settings: Any) -> SamplingSettings:
         """For a model that was read from a checkpoint: its own mask, stop and forbidden ids, and its block size if it says one."""
         facts = dict(mask_id=model.mask_id, stop_ids=tuple(model.eos_ids), forbidden_ids=tuple(model.forbidden_ids))
+        if model.family.attention == "full":
+            facts["pad_id"] = model.fill_id
         block_size = model.family.config_block_size(model.config)
         if block_size is not None:
             facts["block_size"] = block_size
@@ -148,7 +193,8 @@ def make_rollout(
             f"task {request.task_id}, sample {sample}: log-probabilities are not finite: the weights have diverged"
         )
     response_ids = tokens.tolist()
-    stops = (n for n, token in enumerate(response_ids[: settings.max_tokens]) if token in settings.stop_ids)
+    limit = request.limit(sample, settings)
+    stops = (n for n, token in enumerate(response_ids[:limit]) if token in settings.stop_ids)
     stop = next(stops, None)
     return Rollout(
         task_id=request.task_id,
@@ -158,7 +204,7 @@ def make_rollout(
         step_map=step_map.tolist(),
         logprobs=logprobs.tolist(),
         entropy=entropy.tolist(),
-        num_response=settings.max_tokens if stop is None else stop + 1,
+        num_response=limit if stop is None else stop + 1,
         finish="length" if stop is None else "stop",
         num_forwards=num_forwards,
         weights_version=weights_version,
@@ -181,6 +227,11 @@ class Statistics:
     """Finished blocks whose keys were stored along with a denoising forward."""
     prefill_tokens: int = 0
     """Padding included."""
+    stalled: int = 0
+    """Times that a sequence sat a forward out because its capacities were used up (the paged engine)."""
+    graphs: int = 0
+    """CUDA graphs that were captured, those of earlier calls not counted."""
+    capture_seconds: float = 0.0
     seconds: float = 0.0
 
     @property
@@ -210,15 +261,29 @@ class Engine(Protocol):
         settings: SamplingSettings,
         weights_version: int = 0,
         progress: Progress | None = None,
+        queue: WorkQueue | None = None,
     ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples. Raises UserError for a request that can never be served."""
+        """Rollouts in the order of requests, then of samples. Raises UserError for a request that can never be served.
+
+        queue: hands out the samples of `requests` that are this engine's (other ranks take others); None: all are. The engine
+        has at most `queue.share` sequences in flight, calls `queue.take(room)` whenever it has room, and is done when that says
+        None and nothing is in flight. The result holds what it was handed. `Request.limit` is how long a response may be.
+        """
 
     def release(self) -> None:
         """Free the cache; the next `generate` takes it back."""
 
 
-def build_engine(decoder: Decoder, family: Family, max_active: int = 256) -> Engine:
-    """The engine of the family's attention kind, with at most `max_active` sequences in flight."""
+def build_engine(decoder: Decoder, family: Family, max_active: int = 256, engine: str = "auto") -> Engine:
+    """The engine of the family's attention kind, with at most `max_active` sequences in flight.
+
+    engine: `rollout.engine`. torch: plain torch; triton: kernels and CUDA graphs (on a CPU their torch references, for tests);
+    auto: triton on CUDA where the attention kind has such an engine, else torch. Raises UserError for triton where there is none.
+    """
+    if engine == "auto":
+        engine = "triton" if decoder.device.type == "cuda" and family.attention in KERNEL_ENGINES else "torch"
+    if engine == "triton":
+        return KERNEL_ENGINES.get(family.attention, "rollout.engine=triton")(decoder, family, max_active)
     return ENGINES.get(family.attention)(decoder, family, max_active)
 
 

@@ -24,6 +24,8 @@ FIRST, SECOND = 0x21F0AAAD, 0xD35A2D97 - 2**32
 """The multipliers as int32."""
 RANDOM_SCORE_ID = -1
 """The "vocabulary id" of the random number that ranks positions (target `random`): no token has it."""
+CHOICE_ID = -2
+"""The one of the noise on the choice of positions (`alg_temp`)."""
 
 
 def shift_right(x: Tensor, bits: int) -> Tensor:
@@ -68,5 +70,9 @@ def uniform(keys: Tensor, ids: Tensor) -> Tensor:
 
 def gumbel(keys: Tensor, vocab_size: int) -> Tensor:
     """float32 [M, V] standard Gumbel noise: argmax(log p + gumbel) is a sample of p."""
-    ids = torch.arange(vocab_size, dtype=torch.int32, device=keys.device)
+    return gumbel_at(keys, torch.arange(vocab_size, dtype=torch.int32, device=keys.device))
+
+
+def gumbel_at(keys: Tensor, ids: Tensor) -> Tensor:
+    """float32 [M, V] standard Gumbel noise of row keys [M, 2] at vocabulary ids [V]."""
     return uniform(keys, ids).neg_().log1p_().neg_().log_().neg_()

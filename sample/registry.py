@@ -7,6 +7,11 @@ from common.registry import Registry
 ENGINES: Registry = Registry("attention kind")
 """By `Family.attention`: a class with the interface of sample/engine.py's `Engine`."""
 ENGINES.register("block", "sample.block:BlockEngine")
+ENGINES.register("full", "sample.canvas:CanvasEngine")
+
+KERNEL_ENGINES: Registry = Registry("attention kind with an engine of kernels")
+"""Likewise: engines in Triton and CUDA graphs, for the attention kinds that have one."""
+KERNEL_ENGINES.register("block", "sample.paged_block:PagedBlockEngine")
 
 UNMASKING: Registry = Registry("unmasking strategy")
 """Functions (Candidates, SamplingSettings) -> bool [S, B], the positions to reveal (sample/unmask.py)."""

@@ -11,6 +11,7 @@ from data.prompts import build_prompt
 from models.checkpoint import Pretrained, check_tokenizer
 from reward.registry import REWARDS
 from sample.engine import Request, SamplingSettings, progress_bar
+from sample.queue import ListQueue, SharedQueue
 
 
 def stop_ids(model: Pretrained, stop_tokens: list[str]) -> list[int]:
@@ -55,6 +56,7 @@ def sampling_settings(decoding: Any, model: Pretrained, seed: int, step: int = 0
         mask_id=model.mask_id,
         stop_ids=stop_ids(model, decoding.stop_token_list),
         forbidden_ids=model.forbidden_ids,
+        pad_id=model.fill_id if model.family.attention == "full" else None,
         seed=seed + 1_000_003 * step,
     )
 
@@ -108,14 +110,27 @@ def sample_on_all_ranks(
     accelerator: Any,
     weights_version: int,
     title: str,
+    deterministic: bool = False,
 ) -> list[Rollout]:
-    """Every rank samples its share (requests dealt out by index); all get all rollouts, in request and sample order.
+    """Every rank samples a part, all get all rollouts, in request and sample order. `title` heads the main process's progress bar.
 
-    What a sequence draws depends on its task, its sample and the seed alone, so the number of ranks changes nothing. `title` heads
-    the main process's progress bar.
+    The ranks take their work from one shared queue (sample/queue.py), or, `deterministic`, every n-th request of the list. What a
+    sequence draws depends on its task, its sample and the seed alone: not on the rank, nor on what is in flight beside it, up to
+    the rounding of sums whose order depends on the size of a batch. With `deterministic` the batches too are the same in every
+    run of the same job on as many ranks: bit for bit on CPU.
     """
-    own = requests[accelerator.process_index :: accelerator.num_processes]
-    with progress_bar(sum(request.num_samples for request in own), title, accelerator.is_main_process) as progress:
-        rollouts = engine.generate(own, settings, weights_version, progress)
-    by_task = {(r.task_id, r.sample): r for share in dist.gather_objects(accelerator, rollouts) for r in share}
+    rank, num_ranks = accelerator.process_index, accelerator.num_processes
+    counter = dist.SharedCounter(accelerator)
+    if deterministic:
+        requests_here = requests[rank::num_ranks]
+        queue = ListQueue(requests_here)
+    else:
+        requests_here = requests
+        queue = SharedQueue(requests, num_ranks, counter.next)
+    with progress_bar(queue.share, title, accelerator.is_main_process) as progress:
+        rollouts = engine.generate(requests_here, settings, weights_version, progress, queue)
+    shares = dist.gather_objects(accelerator, rollouts)
+    counter.close()
+    by_task = {(r.task_id, r.sample): r for share in shares for r in share}
+    assert len(by_task) == sum(len(share) for share in shares), "a sequence was sampled twice"
     return [by_task[request.task_id, sample] for request in requests for sample in range(request.num_samples)]

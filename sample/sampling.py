@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from models.decoder import Decoder
+from models.logits import scaled_logits
 from sample import noise
 from sample.registry import TARGETS
 
@@ -18,6 +20,8 @@ if TYPE_CHECKING:
     from sample.engine import SamplingSettings
 
 LOWEST = torch.finfo(torch.float32).min
+LOGITS_AT_A_TIME = 2**26
+"""Entries of the largest [rows, vocabulary] tensor: 256 MiB."""
 
 
 @dataclass
@@ -54,11 +58,11 @@ def entropy_of(logprobs: Tensor) -> Tensor:
     return -(logprobs.exp() * logprobs.clamp(min=LOWEST)).sum(-1)
 
 
-def kept(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
+def kept(logprobs: Tensor, top_k: int, top_p: float, top_p_first: bool = False) -> Tensor:
     """bool [M, V]: the ids that top-k, then top-p leave. top_k 0 and top_p 1 are off.
 
-    Top-p works on the renormalised survivors of top-k and keeps the smallest prefix, in descending order, that reaches the mass:
-    an id goes when the mass before it already exceeds top_p. The most probable id stays always.
+    Top-p works on the renormalised survivors of top-k (with `top_p_first` on all ids) and keeps the smallest prefix, in descending
+    order, that reaches the mass: an id goes when the mass before it already exceeds top_p. The most probable id stays always.
     """
     vocab_size = logprobs.shape[1]
     if 0 < top_k < vocab_size:
@@ -67,7 +71,7 @@ def kept(logprobs: Tensor, top_k: int, top_p: float) -> Tensor:
         values, ids = logprobs.sort(dim=-1, descending=True, stable=True)
     keep = values > -torch.inf
     if top_p < 1:
-        p = values.softmax(-1)
+        p = values.exp() if top_p_first else values.softmax(-1)
         keep &= p.cumsum(-1) - p <= top_p
     keep[:, 0] = True
     return torch.zeros_like(logprobs, dtype=torch.bool).scatter_(1, ids, keep)
@@ -82,7 +86,7 @@ def draw(logits: Tensor, keys: Tensor, s: SamplingSettings) -> Draws:
     entropy = entropy_of(logprobs)
     choice = logprobs
     if s.top_k > 0 or s.top_p < 1:
-        choice = logprobs.masked_fill(~kept(logprobs, s.top_k, s.top_p), -torch.inf)
+        choice = logprobs.masked_fill(~kept(logprobs, s.top_k, s.top_p, s.top_p_first), -torch.inf)
     if s.is_greedy:
         tokens = choice.argmax(-1)
     else:
@@ -93,6 +97,22 @@ def draw(logits: Tensor, keys: Tensor, s: SamplingSettings) -> Draws:
         scored = Distribution(choice, tokens, entropy_of(choice), keys)
     score = TARGETS.get(s.target, "rollout.target")(scored)
     return Draws(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy, score, scored.entropy)
+
+
+def draw_rows(decoder: Decoder, hidden: Tensor, keys: Tensor, s: SamplingSettings, forbidden: Tensor | None) -> Draws:
+    """One token per row of `hidden` [M, D]: so many rows of logits at a time that they stay small.
+
+    `keys` as of `draw`; `forbidden` int64: ids without probability.
+    """
+
+    def draw_some(rows: Tensor, keys: Tensor) -> Draws:
+        return draw(decoder.lm_head(rows, lambda x, weight: scaled_logits(x, weight, s.logits_temperature, forbidden)), keys, s)
+
+    at_a_time = max(1, LOGITS_AT_A_TIME // decoder.config.vocab_size)
+    parts = [draw_some(*some) for some in zip(hidden.split(at_a_time), keys.split(at_a_time))]
+    if len(parts) == 1:
+        return parts[0]
+    return Draws(*(torch.cat([getattr(part, name) for part in parts]) for name in Draws.__annotations__))
 
 
 def confidence(d: Distribution) -> Tensor:

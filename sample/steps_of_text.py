@@ -24,11 +24,8 @@ from models.logits import scaled_logits
 from sample import noise
 from sample.engine import SamplingSettings
 from sample.registry import TARGETS, UNMASKING
-from sample.sampling import Distribution, entropy_of
+from sample.sampling import LOGITS_AT_A_TIME, Distribution, entropy_of
 from sample.unmask import Candidates, schedule
-
-LOGITS_AT_A_TIME = 2**26
-"""Entries of the largest [rows, vocabulary] tensor: 256 MiB."""
 
 
 @dataclass(frozen=True)

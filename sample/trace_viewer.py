@@ -105,6 +105,7 @@ def trace_data(
                 "last": max([rollout.num_forwards, *rollout.step_map]),
                 "per_forward": finite(tokens_per_forward([rollout])),
                 "block": rollout.block_size,
+                "origin": rollout.block_origin,
                 "version": rollout.weights_version,
                 "reward": finite(getattr(rollout, "reward", None)),
                 "correct": getattr(rollout, "correct", None),

@@ -27,12 +27,21 @@ class Candidates:
     """float32 [S, B], nats."""
     count: Tensor
     """int64 [S]: n(s), how many the schedule reveals in this forward. More than remain masked means all."""
+    least: int | None = None
+    """How many are revealed at least by a strategy that finds their number itself; None: `count`."""
+    ranking: Tensor | None = None
+    """float32 [S, B]: what positions are ranked by, where that is not the score that thresholds see (`alg_temp`)."""
+
+
+def split(total: int, parts: int) -> list[int]:
+    """`total` as a sum of `parts` integers, larger ones first (8 over 3: 3, 3, 2)."""
+    share, rest = divmod(total, parts)
+    return [share + (part < rest) for part in range(parts)]
 
 
 def schedule(block_size: int, num_steps: int, device: torch.device | str = "cpu") -> Tensor:
-    """int64 [num_steps]: `block_size` split into `num_steps` integers, larger ones first (8 over 3: 3, 3, 2)."""
-    share, rest = divmod(block_size, num_steps)
-    return torch.tensor([share + (step < rest) for step in range(num_steps)], device=device)
+    """int64 [num_steps]: `block_size` split into `num_steps` integers."""
+    return torch.tensor(split(block_size, num_steps), device=device)
 
 
 def rank(score: Tensor, masked: Tensor) -> Tensor:
@@ -46,15 +55,20 @@ def rank(score: Tensor, masked: Tensor) -> Tensor:
     return (before & masked[:, None, :]).sum(-1)
 
 
+def place(c: Candidates) -> Tensor:
+    """int64 [S, B]: how many masked positions come before each in the order in which they are to be revealed."""
+    return rank(c.score if c.ranking is None else c.ranking, c.masked)
+
+
 def low_confidence_static(c: Candidates, s: SamplingSettings) -> Tensor:
     """The n(s) of highest score."""
-    return c.masked & (rank(c.score, c.masked) < c.count[:, None])
+    return c.masked & (place(c) < c.count[:, None])
 
 
 def low_confidence_dynamic(c: Candidates, s: SamplingSettings) -> Tensor:
-    """All whose score is above the threshold if there are at least n(s) of them, else the n(s) of highest score."""
-    above = c.masked & (c.score > s.threshold)
-    return above | low_confidence_static(c, s)
+    """All whose score is above the threshold and the n(s), or `least`, of highest score."""
+    least = c.count[:, None] if c.least is None else c.least
+    return c.masked & ((c.score > s.threshold) | (place(c) < least))
 
 
 def sequential(c: Candidates, s: SamplingSettings) -> Tensor:
@@ -67,7 +81,7 @@ def entropy_bounded(c: Candidates, s: SamplingSettings) -> Tensor:
 
     With H ascending, the set that ends at a position is bounded by the sum of the entropies that come before it.
     """
-    place = rank(-c.entropy, c.masked)
-    before = (place[:, None, :] < place[:, :, None]) & c.masked[:, None, :]
+    order = rank(-c.entropy, c.masked)
+    before = (order[:, None, :] < order[:, :, None]) & c.masked[:, None, :]
     spent = torch.where(before, c.entropy[:, None, :], 0.0).sum(-1)
-    return c.masked & ((spent <= s.entropy_bound) | (place == 0))
+    return c.masked & ((spent <= s.entropy_bound) | (order == 0))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from common import dist
 from models.checkpoint import Pretrained
+from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
 from train.offload import Offloaded
 from train.optim import build_optimizer, learning_rate
@@ -85,6 +86,8 @@ class Trainer:
         """module: what is trained (train/policy.py, train/value.py) on the decoder of `model`; peak_rate: the learning rate."""
         self.config, self.accelerator, self.peak_rate = config, accelerator, peak_rate
         self.mask_id, self.logit_shift = model.mask_id, model.family.logit_shift
+        self.layout = Layout(model.family.attention, config.training)
+        """How responses become documents for this family."""
         model.decoder.gradient_checkpointing = config.training.gradient_checkpointing_enable
         self.optimizer = build_optimizer(module, config, peak_rate)
         self.module, self.wrapped_optimizer = accelerator.prepare(module, self.optimizer)

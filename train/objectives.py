@@ -105,13 +105,17 @@ def likelihood(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
     return ObjectiveOutput((x.weights * nll).sum(), Measures({"nll": nll.detach().sum()}))
 
 
-def token_weights(p: Predictions, loss_weighting: str, longest_response: int, max_response_length: int) -> np.ndarray:
+def token_weights(
+    p: Predictions, loss_weighting: str, longest_response: int, max_response_length: int, attention: str = "block"
+) -> np.ndarray:
     """Weight of every prediction of one optimizer step (all ranks, all micro-batches), float64 [M].
 
-    N pairs (response, k) that have a trained token, R responses that have one, tau the tokens of one slice, L `longest_response`:
+    N pairs (response, k) that have a trained token (the reference's rows), n the tokens of one, R responses that have one, tau the
+    tokens of one slice, L `longest_response`:
 
-        reference   1 / (L N)        step   1 / (|tau| R)        response   1 / (tokens of the response * R)
-        token       1 / M            constant   1 / (R * max_response_length)
+        reference   1 / (L N), full attention: 1 / (n N)
+        step        1 / (|tau| R)        response   1 / (tokens of the response * R)
+        token       1 / M                constant   1 / (R * max_response_length)
     """
     if not len(p):
         return np.zeros(0)
@@ -122,8 +126,8 @@ def token_weights(p: Predictions, loss_weighting: str, longest_response: int, ma
         return counts[group]
 
     if loss_weighting == "reference":
-        num_pairs = np.unique(np.stack([p.response, p.rank]), axis=1).shape[1]
-        weight = np.full(len(p), 1 / (longest_response * num_pairs))
+        row_length = size_of_group(pairs(p)) if attention == "full" else longest_response
+        weight = np.ones(len(p)) / (row_length * num_pairs(p))
     elif loss_weighting == "step":
         weight = 1 / (size_of_group(p.slice) * num_responses)
     elif loss_weighting == "response":
@@ -135,3 +139,21 @@ def token_weights(p: Predictions, loss_weighting: str, longest_response: int, ma
     else:
         raise AssertionError(f"the schema let loss_weighting {loss_weighting!r} through")
     return weight * p.weight
+
+
+def kl_weights(p: Predictions, weights: np.ndarray, loss_weighting: str, attention: str = "block") -> np.ndarray:
+    """Weight of every prediction's KL, float64 [M], beside the `weights` of its loss: the same, but 1 / N with `reference` and full
+    attention, where the KL of a row is summed and not divided."""
+    if loss_weighting == "reference" and attention == "full" and len(p):
+        return p.weight / num_pairs(p)
+    return weights
+
+
+def pairs(p: Predictions) -> np.ndarray:
+    """int [M]: which pair (response, k) each prediction is of."""
+    return p.response * (p.rank.max(initial=0) + 1) + p.rank
+
+
+def num_pairs(p: Predictions) -> int:
+    """Pairs (response, k) that have a prediction."""
+    return len(np.unique(pairs(p)))

@@ -1,8 +1,10 @@
 """Packing: responses and their slices -> documents -> micro-batches of packed rows (DESIGN, "Packed traces").
 
 A document is one response: its clean sequence once, then the slices that train it, B tokens each. Documents share a row of
-`max_tokens` tokens and do not see each other. Every prediction (one token predicted by one slice) is numbered over the whole
-batch, so that advantages, old log-probs and weights are plain arrays over predictions, whatever the packing.
+`max_tokens` tokens and do not see each other. Where the slices see no clean text (full attention: a slice is a whole canvas) each
+of them is packed as a document of its own; plain next-token predictions need no slices. Every prediction (one token predicted by
+one slice) is numbered over the whole batch, so that advantages, old log-probs and weights are plain arrays over predictions,
+whatever the packing.
 
 Shapes: S slices, B block size, N tokens of a pack, M predictions of a pack.
 """
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 from dataclasses import dataclass, fields
+from typing import Callable
 
 import numpy as np
 import torch
@@ -41,11 +44,20 @@ class Document:
 
     @property
     def num_tokens(self) -> int:
-        return self.num_clean + len(self.trace.block) * self.block_size
+        return self.num_clean + self.num_slice_tokens
+
+    @property
+    def num_slice_tokens(self) -> int:
+        return 0 if self.trace.reads_clean else len(self.trace.block) * self.block_size
 
     @property
     def num_predictions(self) -> int:
         return int(self.trace.predicted.sum())
+
+    @property
+    def num_rows(self) -> int:
+        """Pairs (response, k): what the reference counts as rows."""
+        return len(np.unique(self.trace.rank))
 
     def select(self, keep: np.ndarray) -> Document:
         """A part of the slices (ascending indices or bool over S); its predictions keep their numbers."""
@@ -127,12 +139,43 @@ def split_rows(documents: list[Document], num_parts: int, generator: np.random.G
     return parts
 
 
+def draw_rows(
+    documents: list[Document], max_rows: int | None, generator: Callable[[Document], np.random.Generator]
+) -> tuple[list[Document], list[float]]:
+    """At most `max_rows` of every document's rows, the pairs (response, k), and every document's factor rows/drawn on its weights.
+
+    Every row is drawn with the same probability drawn/rows (without replacement), so with the factor a sum over the drawn rows has
+    the sum over all of them as its expectation, as long as the weights are those of all rows (normalisers counted before drawing).
+    generator: of each document, for no other draw may depend on how many there are.
+    """
+    drawn, factors = [], []
+    for document in documents:
+        ranks = np.unique(document.trace.rank)
+        factor = 1.0
+        if max_rows is not None and len(ranks) > max_rows:
+            kept = generator(document).choice(ranks, max_rows, replace=False)
+            factor = len(ranks) / max_rows
+            document = document.select(np.isin(document.trace.rank, kept))
+        drawn.append(document)
+        factors.append(factor)
+    return drawn, factors
+
+
+def rows_of_any(documents: list[Document], parts: list[list[Document]]) -> list[Document]:
+    """Of `documents` the rows that some of `parts`, drawn or split from them, holds."""
+    ranks: dict[int, list[np.ndarray]] = {}
+    for document in (document for part in parts for document in part):
+        ranks.setdefault(document.response, []).append(document.trace.rank)
+    kept = [(d, np.isin(d.trace.rank, np.concatenate(ranks[d.response]))) for d in documents if d.response in ranks]
+    return [d if keep.all() else d.select(keep) for d, keep in kept]
+
+
 def split_long(document: Document, max_tokens: int) -> list[Document]:
     """Parts of at most `max_tokens` tokens: each carries the clean prefix that its slices see, so the sum of losses is the same.
 
-    A part always holds one slice, though it alone be longer than the budget.
+    A part always holds one slice, though it alone be longer than the budget. Without slices there is nothing to leave out.
     """
-    if document.num_tokens <= max_tokens:
+    if document.num_tokens <= max_tokens or document.trace.reads_clean:
         return [document]
     block, size = document.trace.block, document.block_size
     parts, start = [], 0
@@ -207,24 +250,33 @@ class Pack:
 def build_pack(documents: list[Document], mask_id: int, round_to: int = 1, logit_shift: int = 0) -> Pack:
     """Lay documents into one row. `round_to`: the row is filled up to a multiple of it, so that compiled kernels see few sizes.
 
+    logit_shift: a token is predicted by the row so many positions before its own: of its slice, or of the clean text before it. At
+    position 0 there is none, and its own row predicts it, as in sampling.
+
     An empty list makes a row of filler with one prediction that counts nothing: a rank without data still joins every collective.
     """
     ids, positions, document_id, block_id, slice_id, rows, targets, prediction = ([] for _ in range(8))
-    start = 0
-    for index, document in enumerate(documents):
+    start = num_documents = 0
+    for document in documents:
         trace, size, num_clean = document.trace, document.block_size, document.num_clean
-        column = np.arange(size)
-        slice_positions = trace.block[:, None] * size + column  # [S, B]
+        num_slices = 0 if trace.reads_clean else len(trace.block)
+        slice_positions = trace.block[:, None] * size + np.arange(size)  # [S, B]
         clean = document.ids[slice_positions]
         noisy = np.where(trace.hidden, mask_id, clean)
-        ids += [document.ids[:num_clean], noisy.ravel()]
-        positions += [np.arange(num_clean), slice_positions.ravel()]
-        block_id += [np.arange(num_clean) // size, np.repeat(trace.block, size)]
-        slice_id += [np.zeros(num_clean, np.int64), np.repeat(np.arange(1, len(trace.block) + 1), size)]
-        document_id.append(np.full(document.num_tokens, index))
-        row, predicted_column = trace.predicted.nonzero()
-        rows.append(start + num_clean + row * size + predicted_column - logit_shift)
-        targets.append(clean[row, predicted_column])
+        ids += [document.ids[:num_clean], noisy[:num_slices].ravel()]
+        positions += [np.arange(num_clean), slice_positions[:num_slices].ravel()]
+        block_id += [np.arange(num_clean) // size, np.repeat(trace.block[:num_slices], size)]
+        slice_id += [np.zeros(num_clean, np.int64), np.repeat(np.arange(1, num_slices + 1), size)]
+        # Slices that see no clean text see nothing but themselves: as documents of their own a dense mask holds [B, B] for each.
+        own = np.zeros(document.num_tokens, np.int64) if num_clean else np.repeat(np.arange(num_slices), size)
+        document_id.append(num_documents + own)
+        num_documents += int(own[-1]) + 1
+        row, column = trace.predicted.nonzero()
+        position = slice_positions[row, column] - logit_shift
+        in_slice = start + num_clean + row * size + np.maximum(column - logit_shift, 0)
+        reads_clean = (column < logit_shift) & (position >= 0)
+        rows.append(np.where(reads_clean, start + position, in_slice))
+        targets.append(clean[row, column])
         prediction.append(document.numbers)
         start += document.num_tokens
     filler = -start % round_to if documents else max(round_to, 1)
@@ -233,7 +285,7 @@ def build_pack(documents: list[Document], mask_id: int, round_to: int = 1, logit
         ids.append(np.full(filler, mask_id))
         for column in (positions, block_id, slice_id):
             column.append(np.zeros(filler, np.int64))
-        document_id.append(len(documents) + np.arange(filler))
+        document_id.append(num_documents + np.arange(filler))
     if not documents:
         rows.append(np.zeros(1, np.int64))
         targets.append(np.full(1, int(mask_id == 0)))  # any id but the mask: a forbidden one has no finite log-prob

@@ -14,18 +14,21 @@ from __future__ import annotations
 
 import numpy as np
 
-from train.traces import Grid, dense_rank
+from train.traces import NEVER, Grid, dense_rank
 
 NOT_TRAINED = -1
 """Time of a token that is not part of the sums."""
 
 
 def collapsed_steps(steps: np.ndarray, shrink: int) -> np.ndarray:
-    """Step ids of blocks [W, B]: the distinct ones of each row, sorted, joined `shrink` at a time, each named by its largest."""
+    """Step ids of blocks [W, B]: the distinct ones of each row, sorted, joined `shrink` at a time, each named by its largest.
+
+    NEVER is sorted behind all others and names nothing: tokens that were never revealed keep a 0.
+    """
     group = dense_rank(steps) // shrink
     named = np.zeros_like(steps)
     for g in range(int(group.max()) + 1):
-        in_group = group == g
+        in_group = (group == g) & (steps != NEVER)
         largest = np.where(in_group, steps, np.iinfo(steps.dtype).min).max(axis=1, keepdims=True)
         named = np.where(in_group, largest, named)
     return named
@@ -34,14 +37,16 @@ def collapsed_steps(steps: np.ndarray, shrink: int) -> np.ndarray:
 def response_times(grid: Grid, step_map: np.ndarray, trained: np.ndarray, shrink: int) -> np.ndarray:
     """Collapsed step of every response token [L], NOT_TRAINED where `trained` (bool [L]) is false or it was never revealed.
 
-    Steps are collapsed block by block; equal ids in different blocks are one step of the response.
+    Steps are collapsed block by block (full attention: over the response), as the slices are; equal ids in different blocks are one
+    step of the response.
     """
+    steps = np.where(step_map > 0, step_map, NEVER).astype(np.int64)
     times = np.empty(len(step_map), dtype=np.int64)
     start = 0
     for is_response in grid.is_response:
         count = int(is_response.sum())
         own = slice(start, start + count)
-        times[own] = collapsed_steps(step_map[None, own].astype(np.int64), shrink)[0]
+        times[own] = collapsed_steps(steps[None, own], shrink)[0]
         start += count
     return np.where(trained & (step_map > 0), times, NOT_TRAINED)
 

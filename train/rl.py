@@ -12,24 +12,27 @@ from common.errors import UserError
 from common.records import ScoredRollout
 from models.checkpoint import Pretrained
 from train.loop import Tables, Trainer, merge_results
-from train.methods import METHODS
-from train.objectives import OBJECTIVES, token_weights
-from train.packing import Document, Predictions, build_document, number, split_rows
+from train.objectives import OBJECTIVES, kl_weights, token_weights
+from train.packing import Document, Predictions, draw_rows, number, rows_of_any, split_rows
 from train.policy import Policy, build_policy
 from train.shared_value import SharedValueUpdate
-from train.traces import TRACES, Response, sampled_response
+from train.traces import Response
 from train.value import ValueUpdate
 
 
-def trace_generator(seed: int, step: int, rollout: ScoredRollout) -> np.random.Generator:
-    """Random masks depend on these four alone, so a resumed run draws the same ones."""
-    return np.random.default_rng([seed, step, zlib.crc32(rollout.task_id.encode()), rollout.sample])
+def trace_generator(seed: int, step: int, rollout: ScoredRollout, *which: int) -> np.random.Generator:
+    """What is drawn for a response depends on these alone, so a resumed run draws the same.
+
+    which: nothing for the masks, the number of the update, from 1, for its rows.
+    """
+    return np.random.default_rng([seed, step, zlib.crc32(rollout.task_id.encode()), rollout.sample, *which])
 
 
 def update_plan(training: Any, num_rows: int, num_processes: int) -> tuple[int, int]:
     """(epochs, optimizer steps in each) on one batch of rollouts: as set, or what the reference makes of its own settings:
 
-    num_train_epochs times ceil(N / (batch_size_lm * gradient_accumulation_steps * processes)), N the number of pairs (response, k).
+    num_train_epochs times ceil(N / (batch_size_lm * gradient_accumulation_steps * processes)), N the number of pairs (response, k)
+    that are trained in an epoch.
     """
     if training.num_updates_per_step is not None:
         return 1, training.num_updates_per_step
@@ -50,32 +53,28 @@ class PolicyUpdate:
     ) -> None:
         """fill_id: the model's; reference: the frozen model of the KL term, if it is held to one; value: the critic, if any."""
         self.trainer, self.config, self.fill_id, self.value = trainer, config, fill_id, value
-        self.block_size = config.training.block_size
-        method = METHODS.get(config.training.method, "training.method")
-        if method.stage != "rl":
+        self.layout = trainer.layout
+        method = self.layout.method
+        if not method.fits("rl"):
             raise UserError(f"training.method: {config.training.method} is for {method.stage}, this is rl: choose TraceRL")
-        self.trace = TRACES.get(method.trace)
-        self.follows_steps = method.follows_steps and config.training.shrink == 1
-        self.follows_steps &= self.block_size == config.rollout.block_size
-        self.objective = OBJECTIVES.get(config.training.objective or method.objective, "training.objective")
+        self.is_sampled = method.is_sampled(config.training, config.rollout, self.layout.attention)
+        self.objective = OBJECTIVES.get(config.training.objective or method.objective_of("rl"), "training.objective")
         self.reference: Policy | None = None
         if reference is not None:
             self.reference = build_policy(reference, config, config.rollout.temperature).to(trainer.accelerator.device)
             self.reference.requires_grad_(False)
 
     def responses(self, rollouts: list[ScoredRollout]) -> list[Response]:
-        return [sampled_response(r, self.config.training.max_gen_length, self.block_size, self.fill_id) for r in rollouts]
+        return [self.layout.sampled(rollout, self.fill_id) for rollout in rollouts]
 
     def documents(self, rollouts: list[ScoredRollout], step: int) -> list[Document]:
-        """One document per response that trains something; `Document.response` indexes `rollouts`."""
-        training = self.config.training
-        documents = []
-        for index, (rollout, response) in enumerate(zip(rollouts, self.responses(rollouts), strict=True)):
-            trace = self.trace(response, self.block_size, training, trace_generator(training.seed, step, rollout))
-            document = build_document(index, response, trace, self.block_size)
-            if document is not None:
-                documents.append(document)
-        return documents
+        """One document per response that trains something, with all of its rows; `Document.response` indexes `rollouts`."""
+        seed = self.config.training.seed
+        documents = (
+            self.layout.document(index, response, trace_generator(seed, step, rollout))
+            for index, (rollout, response) in enumerate(zip(rollouts, self.responses(rollouts), strict=True))
+        )
+        return [document for document in documents if document is not None]
 
     def __call__(self, rollouts: list[ScoredRollout], step: int) -> dict[str, float]:
         """All updates of RL step `step` (from 1) on `rollouts`: those that are trained, of all ranks, the same list on each."""
@@ -84,36 +83,56 @@ class PolicyUpdate:
         if not documents:
             return {}
         predictions = number(documents)
-        num_rows = sum(len(np.unique(d.trace.rank)) for d in documents)
+        max_rows = training.max_rows_per_response
+        num_rows = sum(d.num_rows if max_rows is None else min(d.num_rows, max_rows) for d in documents)
         epochs, updates = update_plan(training, num_rows, self.trainer.accelerator.num_processes)
         generator = np.random.default_rng([training.seed, step])
         parts = [part for _ in range(epochs) for part in split_rows(documents, updates, generator)]
+
+        def drawn_rows(part: list[Document], update: int) -> tuple[list[Document], list[float]]:
+            return draw_rows(part, max_rows, lambda d: trace_generator(training.seed, step, rollouts[d.response], update))
+
+        # Each update draws its own rows, and its loss stands for that of its whole part.
+        draws = [drawn_rows(part, update) for update, part in enumerate(parts, start=1)]
         # Whatever must be known before the first update changes the weights.
-        tables = self.before_update(documents, predictions, rollouts, several=len(parts) > 1)
+        trained = rows_of_any(documents, [drawn for drawn, _ in draws])
+        tables = self.before_update(trained, predictions, rollouts, several=len(parts) > 1)
         objective, critic, metrics = self.objective, None, {}
         if self.value is not None:
             tables.advantages, critic, metrics = self.value.advantages(rollouts, self.responses(rollouts), documents, predictions)
             tables, objective = self.value.join(tables, critic, objective)
         longest = min(training.max_gen_length, max(r.num_response for r in rollouts))
         results, value_results = [], []
-        for index, part in enumerate(parts):
-            own = np.concatenate([d.numbers for d in part])
-            tables.weights = np.zeros(len(predictions))
-            tables.weights[own] = token_weights(predictions.select(own), training.loss_weighting, longest, training.max_gen_length)
-            tables.kl_weights = tables.weights
+        for index, (part, (drawn, factors)) in enumerate(zip(parts, draws, strict=True)):
+            tables.weights, tables.kl_weights = self.weights(part, predictions, longest)
+            for document, factor in zip(drawn, factors, strict=True):
+                tables.weights[document.numbers] *= factor
+                tables.kl_weights[document.numbers] *= factor
             tables.is_first = index == 0
             progress = (step - 1 + index / len(parts)) / self.config.experiment.total_step
             if self.value is not None and self.value.is_due(step):
-                value_results += self.value.step(part, critic, tables.weights, progress)
-            results.append(self.trainer.step(part, tables, objective, progress))
+                value_results += self.value.step(drawn, critic, tables.weights, progress)
+            results.append(self.trainer.step(drawn, tables, objective, progress))
         return {**merge_results(results), **merge_results(value_results, "value"), **metrics}
 
+    def weights(self, part: list[Document], p: Predictions, longest: int) -> tuple[np.ndarray, np.ndarray]:
+        """Weights of the losses and of the KL of one update, each [M] over all predictions, 0 outside its `part` of the rows."""
+        own = np.concatenate([d.numbers for d in part])
+        selected, weighting, attention = p.select(own), self.config.training.loss_weighting, self.layout.attention
+        loss = token_weights(selected, weighting, longest, self.config.training.max_gen_length, attention)
+        weights = []
+        for values in (loss, kl_weights(selected, loss, weighting, attention)):
+            weights.append(np.zeros(len(p)))
+            weights[-1][own] = values
+        return weights[0], weights[1]
+
     def before_update(self, documents: list[Document], p: Predictions, rollouts: list[ScoredRollout], several: bool) -> Tables:
-        """What is known of the predictions before any weight moves (the weights of their losses come part by part)."""
+        """What is known of the predictions of `documents` before any weight moves (the weights of their losses come part by part).
+        Tables are over all predictions `p`; what a prediction that is never trained would need is left at 0."""
         training = self.config.training
         advantages = np.array([r.advantage for r in rollouts])[p.response]
         # Other slices than those that sampling saw have other log-probs: there is nothing to compare with.
-        engine = gather_tokens([r.logprobs for r in rollouts], p) if self.follows_steps else None
+        engine = gather_tokens([r.logprobs for r in rollouts], p) if self.is_sampled else None
         old = kl = None
         if training.old_logprobs == "engine":
             old = engine

@@ -18,26 +18,30 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.errors import UserError, entry_point
-from common.launch import launch, needs_launch
+from common.launch import already_launched, launch, needs_launch, writes_the_run
+from common.nodes_link import Link
+from common.nodes_start import run_on_all_machines
 from common.records import Task
 from common.run_dir import is_over
 from data.sft import SFTRecord, load_sft, split
 from data.tasks import load_tasks
 from train.methods import METHODS
-from train.traces import TRACES
 
 
 @entry_point
-def main(argv: list[str] | None = None) -> None:
+def main(argv: list[str] | None = None, link: Link | None = None) -> None:
+    """link: to the launchers of the other machines, where there are several."""
     from configs.load import load_config
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("sft", argv)
-    if is_over(config):
+    if config.experiment.num_node > 1 and link is None and not already_launched():
+        run_on_all_machines("sft", main, argv)
+    if writes_the_run(link) and is_over(config):
         return
     data = load_data(config)
-    if needs_launch(config):
-        launch(config, sys.argv[0], argv)
+    if needs_launch(config, link):
+        launch(config, sys.argv[0], argv, link)
     sft = SFTRun(config, data)
     try:
         while sft.run.step < sft.run.total_steps:
@@ -90,21 +94,21 @@ class SFTRun:
         self.config = config
         training = config.training
         method = METHODS.get(training.method, "training.method")
-        self.trace = TRACES.get(method.trace)
-        self.objective = OBJECTIVES.get(training.objective or method.objective, "training.objective")
+        self.objective = OBJECTIVES.get(training.objective or method.objective_of("sft"), "training.objective")
         check = (lambda model: None) if data.eval_tasks is None else (lambda model: Evaluator.check(config, model))
         self.run = Run(config, training.max_steps or 1, temperature=1.0, check=check)
         model, dataset, is_main = self.run.model, config.dataset, self.run.is_main
+        self.layout = self.run.trainer.layout
         self.responses = build_responses(config, model, data.train, str(dataset.optimization_data), is_main)
         self.run.total_steps = training.max_steps or training.num_train_epochs * -(-len(self.responses) // training.batch_size)
         self.fingerprint = fingerprint(self.responses)
         if is_main:
             warn_of_end(config, model)
-            warn_of_cuts(self.responses, self.trace, training)
+            warn_of_cuts(self.responses, self.layout)
         self.validation = None
         if data.validation:
             source = str(dataset.validation_data or f"held-out part of {dataset.optimization_data}")
-            self.validation = Validation(build_responses(config, model, data.validation, source, is_main), self.trace, training)
+            self.validation = Validation(build_responses(config, model, data.validation, source, is_main), self.layout)
         self.evaluator = None if data.eval_tasks is None else Evaluator.for_run(self.run, data.eval_tasks)
         self.step_metrics: dict[str, float] = {}
         self.is_solved = False
@@ -130,20 +134,18 @@ class SFTRun:
     def update(self, step: int) -> None:
         """One optimizer step. All that is random in it is a function of seed and step, so a resumed run repeats it."""
         from train.loop import Tables, merge_results
-        from train.objectives import token_weights
         from train.packing import number
-        from train.validation import build_documents
+        from train.validation import build_documents, drawn_and_weighted
 
-        training = self.config.training
         with self.run.phase("update"):
             responses = [self.responses[index] for index in self.batch(step)]
-            documents = build_documents(responses, self.trace, training, [step])
+            documents = build_documents(responses, self.layout, [step])
             self.step_metrics = {"train/num_documents": float(len(documents)), "train/skipped": float(not documents)}
             if not documents:  # short responses, and every mask was drawn empty
                 return
             predictions = number(documents)
             longest = max(len(response.response_ids) for response in responses)
-            weights = token_weights(predictions, training.loss_weighting, longest, training.max_gen_length)
+            documents, weights = drawn_and_weighted(documents, predictions, longest, self.layout, [step])
             zeros = np.zeros(len(predictions))
             progress = (step - 1) / self.run.total_steps
             result = self.run.trainer.step(documents, Tables(zeros, weights, zeros), self.objective, progress)

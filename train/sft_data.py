@@ -12,54 +12,56 @@ from common.errors import UserError, warn
 from data.sft import SFTRecord, encode_sft, response_end
 from models.checkpoint import Pretrained
 from reward.registry import REWARDS
+from train.layout import Layout
 from train.methods import METHODS
-from train.packing import build_document, split_long
-from train.traces import Response, TraceMethod, sampled_response
+from train.packing import split_long
+from train.traces import Response
 
 MUCH_REPEATED = 2.0
 """Warn where cutting the longest document up multiplies its tokens by more than this."""
 
 
 def as_response(
-    prompt_ids: list[int], response_ids: list[int], step_map: list[int] | None, fill_id: int, block_size: int, max_response: int
+    prompt_ids: list[int], response_ids: list[int], step_map: list[int] | None, fill_id: int, layout: Layout
 ) -> Response:
-    """Text as training sees it: cut to `max_response` tokens, then filled up to the end of its last block.
+    """Text as training sees it: cut to `training.max_gen_length` tokens, then filled up (`Layout.filled_length`).
 
-    The fill is trained like any token as far as `training.post_num` allows: a model samples whole blocks, so it has to know what
-    stands behind a stop token. Where the response was cut there is no stop token before the fill, and it is not trained. `step_map`
-    is for the response and may go on over the fill; what it leaves open is revealed one step behind everything else.
+    The fill is trained like any token as far as `training.post_num` allows: a model samples whole blocks, or a canvas, so it has to
+    know what stands behind a stop token. Where the response was cut there is no stop token before the fill, and it is not trained.
+    `step_map` is for the response and may go on over the fill; what it leaves open is revealed one step behind everything else.
     """
+    max_response = layout.training.max_gen_length
     given = None if step_map is None else list(step_map)
     is_cut = len(response_ids) > max_response
     if is_cut:
         response_ids, given = response_ids[:max_response], None if given is None else given[:max_response]
-    num_fill = -(len(prompt_ids) + len(response_ids)) % block_size
-    is_pad = np.arange(len(response_ids) + num_fill) >= len(response_ids)
+    length = layout.filled_length(len(prompt_ids), len(response_ids))
+    is_pad = np.arange(length) >= len(response_ids)
     steps = None
     if given is not None:
-        assert len(response_ids) <= len(given) <= len(is_pad), "the caller has compared the lengths"
-        steps = np.asarray(given + [max(given, default=0) + 1] * (len(is_pad) - len(given)), dtype=np.int64)
-    ids = np.asarray(response_ids + [fill_id] * num_fill, dtype=np.int64)
-    num_trained = len(response_ids) if is_cut else len(ids)
+        assert len(response_ids) <= len(given) <= length, "the caller has compared the lengths"
+        steps = np.asarray(given + [max(given, default=0) + 1] * (length - len(given)), dtype=np.int64)
+    ids = np.asarray(response_ids + [fill_id] * (length - len(response_ids)), dtype=np.int64)
+    num_trained = len(response_ids) if is_cut else length
     return Response(np.asarray(prompt_ids, dtype=np.int64), ids, num_trained, steps, is_pad)
 
 
-def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int], fill_id: int, training: Any) -> Response:
+def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int], fill_id: int, layout: Layout) -> Response:
     """One record, encoded, as a response. Raises UserError where its step map is not of its tokens."""
-    size, longest = training.block_size, training.max_gen_length
     if record.response_ids is not None:
-        return sampled_response(record, longest, size, fill_id)
+        return layout.sampled(record, fill_id)
     steps = record.step_map
     if steps is not None:
-        whole = len(response_ids) + -(len(prompt_ids) + len(response_ids)) % size
+        whole = layout.filled_length(len(prompt_ids), len(response_ids))
         if not len(response_ids) - 1 <= len(steps) <= whole:
+            filled, setting = ("canvas", "max_gen_length") if layout.is_canvas else ("last block", "block_size")
             raise UserError(
                 f"record {record.id}: step_map has {len(steps)} entries, but the response has {len(response_ids)} tokens with its "
-                f"end, {whole} with the fill of its last block: it was made with another tokenizer or training.block_size"
+                f"end, {whole} with the fill of its {filled}: it was made with another tokenizer or training.{setting}"
             )
         if len(steps) < len(response_ids):  # the end token comes behind everything that was recorded
             steps = [*steps, max(steps, default=0) + 1]
-    return as_response(prompt_ids, response_ids, steps, fill_id, size, longest)
+    return as_response(prompt_ids, response_ids, steps, fill_id, layout)
 
 
 def check_targets(record: SFTRecord, response: Response, model: Pretrained, is_forbidden: np.ndarray, follows_steps: bool) -> None:
@@ -85,6 +87,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     """The responses that are trained on. Longer prompts than training.max_prompt_len are dropped, longer responses than
     training.max_gen_length cut; `tell`: print how many. Raises UserError where nothing is left, naming the data `source`."""
     training, is_chat = config.training, REWARDS.get(config.dataset.data_type).chat
+    layout = Layout(model.family.attention, training)
     use_template = config.dataset.use_chat_template
     limits = f"training.max_prompt_len={training.max_prompt_len}", f"training.max_gen_length={training.max_gen_length}"
     responses, num_dropped, num_cut = [], 0, 0
@@ -100,7 +103,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
         if highest >= model.decoder.config.vocab_size:
             raise UserError(f"record {record.id}: token id {highest} is beyond the model's {model.decoder.config.vocab_size}")
         num_cut += len(response_ids) > training.max_gen_length
-        responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, training))
+        responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, layout))
         check_targets(record, responses[-1], model, is_forbidden, follows_steps)
     if tell and num_dropped:
         print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than {limits[0]}")
@@ -120,11 +123,11 @@ def warn_of_end(config: Any, model: Pretrained) -> None:
         warn(f"responses are ended with {name}, which does not end an answer in sampling: name one in rollout.stop_token_list")
 
 
-def warn_of_cuts(responses: list[Response], trace: TraceMethod, training: Any) -> None:
+def warn_of_cuts(responses: list[Response], layout: Layout) -> None:
     """Warn where the token budget cuts the longest document into many parts: each of them carries the clean text before it."""
+    training = layout.training
     longest = max(responses, key=lambda r: len(r.prompt_ids) + len(r.response_ids))
-    generator = np.random.default_rng(training.seed)
-    document = build_document(0, longest, trace(longest, training.block_size, training, generator), training.block_size)
+    document = layout.document(0, longest, np.random.default_rng(training.seed))
     if document is None:
         return
     parts = split_long(document, training.max_tokens_per_microbatch)

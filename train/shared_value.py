@@ -69,7 +69,7 @@ class SharedValueUpdate:
         self, rollouts: list[ScoredRollout], responses: list[Response], documents: list[Document], p: Predictions
     ) -> tuple[np.ndarray, ValueTables, dict[str, float]]:
         old = self.trainer.outputs(documents, len(p), output=VALUES)
-        return returns_and_advantages(old, rollouts, responses, p, self.config.training)
+        return returns_and_advantages(old, rollouts, responses, p, self.trainer.layout)
 
     def join(self, tables: Tables, critic: ValueTables, objective: Objective) -> tuple[Tables, Objective]:
         """The policy's tables and objective, with the critic's in them."""

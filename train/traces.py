@@ -2,6 +2,7 @@
 
 A slice is one block as the model saw it at one step. A trace method (a file in train/methods) is a function of one response that
 says, for every slice, which block it is, which tokens are hidden and which are predicted; train/packing.py does the rest.
+For full-attention families prompt and response are one block (train/layout.py), so a slice is the whole canvas at one step.
 Nothing here imports torch.
 
 Shapes: S slices, B block size, W = number of blocks that hold a response token.
@@ -34,24 +35,28 @@ class Response:
     """1-based step that revealed each response token, 0 = never; None where the method does not ask for one."""
     is_pad: np.ndarray | None = None
     """Padding inside the trained part (SFT data, padded rollouts): `post_num` limits how many of them a row trains."""
+    hides_tail: bool = False
+    """Whether random masks hide all that stands behind the trained part (full attention, where it would tell the end)."""
 
     def __post_init__(self) -> None:
         assert self.step_map is None or len(self.step_map) == len(self.response_ids)
         assert 0 <= self.num_trained <= len(self.response_ids)
 
 
-def sampled_response(rollout: Any, max_response: int, block_size: int, fill_id: int) -> Response:
+def sampled_response(rollout: Any, max_response: int, block_size: int, fill_id: int, is_cut: bool = False) -> Response:
     """What training keeps of a rollout (or of an SFT record made from one): all tokens as context, for they were visible while
-    their block was denoised, and the first `max_response` up to the stop for training.
+    their block was denoised, and the first `max_response` up to the stop for training. is_cut: no context behind these either.
 
     Where training blocks are larger than those of sampling, the last one may reach behind the response: there stands what sampling
     never got to, so it is a mask at every step (`fill_id` where a mask method shows it).
     """
-    num_fill = -(len(rollout.prompt_ids) + len(rollout.response_ids)) % block_size
-    steps = None if rollout.step_map is None else np.asarray(rollout.step_map + [0] * num_fill, dtype=np.int64)
+    kept = slice(max_response if is_cut else None)
+    response_ids, step_map = rollout.response_ids[kept], rollout.step_map
+    num_fill = -(len(rollout.prompt_ids) + len(response_ids)) % block_size
+    steps = None if step_map is None else np.asarray(step_map[kept] + [0] * num_fill, dtype=np.int64)
     return Response(
         prompt_ids=np.asarray(rollout.prompt_ids, dtype=np.int64),
-        response_ids=np.asarray(rollout.response_ids + [fill_id] * num_fill, dtype=np.int64),
+        response_ids=np.asarray(response_ids + [fill_id] * num_fill, dtype=np.int64),
         num_trained=min(rollout.num_response, max_response),
         step_map=steps,
     )
@@ -72,6 +77,8 @@ class Trace:
     one rank are one row of the reference."""
     weight: np.ndarray = field(default=None)  # type: ignore[assignment]
     """float [S] factor on the loss of the slice's tokens (1/ratio weighting); ones where the method has none."""
+    reads_clean: bool = False
+    """Whether each token is predicted by the clean token before it (plain next-token): slices then take no place in a pack."""
 
     def __post_init__(self) -> None:
         if self.weight is None:
@@ -80,7 +87,9 @@ class Trace:
 
     def select(self, keep: np.ndarray) -> Trace:
         """The slices where `keep` (bool or indices over S)."""
-        return Trace(self.block[keep], self.hidden[keep], self.predicted[keep], self.rank[keep], self.weight[keep])
+        return Trace(
+            self.block[keep], self.hidden[keep], self.predicted[keep], self.rank[keep], self.weight[keep], self.reads_clean
+        )
 
     def nonempty(self) -> Trace:
         return self.select(self.predicted.any(axis=1))
@@ -103,6 +112,8 @@ class Grid:
     """bool [W, B] response tokens that may be trained."""
     is_pad: np.ndarray
     """bool [W, B]"""
+    is_tail: np.ndarray
+    """bool [W, B] response tokens that every random mask hides."""
 
     def lay(self, values: np.ndarray, fill: Any) -> np.ndarray:
         """Per-response-token values [L] -> [W, B], `fill` on prompt positions."""
@@ -122,7 +133,8 @@ def lay_out(response: Response, block_size: int) -> Grid:
     num_blocks = (prompt + length) // block_size - first
     position = np.arange(num_blocks * block_size).reshape(num_blocks, block_size) + first * block_size - prompt
     is_response = position >= 0
-    grid = Grid(first, is_response, is_response & (position < response.num_trained), np.zeros_like(is_response))
+    trained = is_response & (position < response.num_trained)
+    grid = Grid(first, is_response, trained, np.zeros_like(is_response), is_response & ~trained & response.hides_tail)
     if response.is_pad is not None:
         grid.is_pad = grid.lay(response.is_pad, False)
     return grid

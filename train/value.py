@@ -19,12 +19,13 @@ from models.attention import attention_backend
 from models.lora import prepare_for_training
 from models.memory import free_memory_share
 from models.value import ValueModel, load_value_model, save_value_model
+from train.layout import Layout
 from train.loop import Columns, StepResult, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveOutput
 from train.offload import Offloaded
 from train.packing import Document, Pack, Predictions
 from train.returns import outcome_rewards, response_times, step_returns
-from train.traces import Response, lay_out
+from train.traces import Response
 
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, eps: float) -> Tensor:
@@ -90,24 +91,26 @@ def token_values(values: np.ndarray, p: Predictions, starts: np.ndarray) -> np.n
 
 
 def token_returns(
-    rollouts: list[ScoredRollout], responses: list[Response], values: np.ndarray, p: Predictions, starts: np.ndarray, training: Any
+    rollouts: list[ScoredRollout], responses: list[Response], values: np.ndarray, p: Predictions, starts: np.ndarray, layout: Layout
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns and advantages of every token of all responses, each [starts[-1]], from old values [starts[-1]].
 
     An outcome reward falls on the tokens of the last step; a process reward (`token_rewards`) gives each token its own, and what
     the record has beside it as `outcome` falls on the last step too.
     """
+    training = layout.training
     returns, advantages = np.zeros(starts[-1]), np.zeros(starts[-1])
     predicted = np.zeros(starts[-1], bool)
     predicted[starts[p.response] + p.offset] = True
     for index, (rollout, response) in enumerate(zip(rollouts, responses, strict=True)):
         own = slice(starts[index], starts[index + 1])
-        times = response_times(lay_out(response, training.block_size), response.step_map, predicted[own], training.shrink)
+        times = response_times(layout.grid(response), response.step_map, predicted[own], training.shrink)
         if rollout.token_rewards is None:
             rewards = outcome_rewards(rollout.reward, times)
         else:
             rewards = outcome_rewards(rollout.outcome, times)
-            rewards[: len(rollout.token_rewards)] += rollout.token_rewards
+            given = rollout.token_rewards[: len(rewards)]  # a canvas may have been cut
+            rewards[: len(given)] += given
         returns[own], advantages[own] = step_returns(rewards, values[own], times, training.gam, training.lam)
     return returns, advantages
 
@@ -119,12 +122,12 @@ def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
 
 
 def returns_and_advantages(
-    old: np.ndarray, rollouts: list[ScoredRollout], responses: list[Response], p: Predictions, training: Any
+    old: np.ndarray, rollouts: list[ScoredRollout], responses: list[Response], p: Predictions, layout: Layout
 ) -> tuple[np.ndarray, ValueTables, dict[str, float]]:
     """For every prediction [M], from its old value [M]: the policy's advantage, what the value update needs, and metrics."""
     starts = np.cumsum([0] + [len(r.response_ids) for r in responses])
     values = token_values(old, p, starts)
-    returns, advantages = token_returns(rollouts, responses, values, p, starts, training)
+    returns, advantages = token_returns(rollouts, responses, values, p, starts, layout)
     place = starts[p.response] + p.offset
     metrics = {
         "value/explained_variance": explained_variance(old, returns[place]),
@@ -153,7 +156,7 @@ class ValueUpdate:
     ) -> tuple[np.ndarray, ValueTables, dict[str, float]]:
         """For every prediction [M] of the batch: the policy's advantage, and what the value update needs."""
         old = self.trainer.outputs(documents, len(p))
-        return returns_and_advantages(old, rollouts, responses, p, self.config.training)
+        return returns_and_advantages(old, rollouts, responses, p, self.trainer.layout)
 
     def join(self, tables: Tables, critic: ValueTables, objective: Objective) -> tuple[Tables, Objective]:
         """The policy's update is its own."""

@@ -1,8 +1,36 @@
-"""Tensor names shared by the families built on Qwen2 and Qwen3 (not a family itself)."""
+"""Config keys and tensor names shared by the families built on Qwen2 and Qwen3 (not a family itself)."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from common.errors import UserError
 from models.family import DecoderConfig, Piece
+
+
+def qwen_config(config: dict[str, Any], qk_norm: bool, qkv_bias: bool) -> DecoderConfig:
+    """config.json -> shape. Raises UserError for what the decoder does not have."""
+    if config.get("rope_scaling"):
+        raise UserError(f"config.json: rope_scaling {config['rope_scaling']!r} is not supported: set it to null")
+    if config.get("use_sliding_window"):
+        raise UserError("config.json: use_sliding_window is not supported: set it to false")
+    if config.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config.json: hidden_act {config['hidden_act']!r} is not supported: only silu is")
+    return DecoderConfig(
+        vocab_size=config["vocab_size"],
+        hidden_size=config["hidden_size"],
+        num_layers=config["num_hidden_layers"],
+        num_heads=config["num_attention_heads"],
+        num_kv_heads=config.get("num_key_value_heads", config["num_attention_heads"]),
+        head_dim=config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"],
+        intermediate_size=config["intermediate_size"],
+        rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+        # transformers 5 writes rope_theta inside rope_parameters.
+        rope_theta=config.get("rope_theta") or config.get("rope_parameters", {}).get("rope_theta", 10_000.0),
+        qk_norm=qk_norm,
+        qkv_bias=qkv_bias,
+        tie_word_embeddings=bool(config.get("tie_word_embeddings", False)),
+    )
 
 
 def qwen_pieces(c: DecoderConfig) -> list[Piece]:

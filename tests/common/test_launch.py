@@ -328,7 +328,8 @@ def test_the_parent_does_not_import_torch():
 def test_the_name_of_a_file_says_what_is_in_it(name):
     file = deepspeed_files.read_deepspeed_file(name)
     offload = "_offload" if file.offload_optimizer == "cpu" else ""
-    assert name == f"{file.num_machines}_node_{file.num_processes}_gpus_deepspeed_zero{file.zero_stage}{offload}"
+    per_machine = file.num_processes // file.num_machines  # accelerate counts those of all machines
+    assert name == f"{file.num_machines}_node_{per_machine}_gpus_deepspeed_zero{file.zero_stage}{offload}"
     assert deepspeed_files.read_deepspeed_file(f"{name}.yaml") == deepspeed_files.read_deepspeed_file(str(file.path)) == file
 
 

@@ -45,6 +45,12 @@ def test_blocks_are_cut_on_absolute_positions():
     assert steps_of_blocks(rollout(steps=(1, 0, 0, 0, 0))) == [1]  # a block of which nothing was revealed does not count
 
 
+def test_blocks_of_a_canvas_are_counted_from_the_prompts_end():
+    canvas = rollout(steps=(1, 2, 2, 3, 4, 4, 4, 0))  # 3 + 8 tokens: whole blocks of 4 behind the prompt alone
+    assert canvas.block_origin == 3 and rollout().block_origin == rollout(prompt=4, steps=(1, 2, 3, 4)).block_origin == 0
+    assert steps_of_blocks(canvas) == [3, 1]
+
+
 def test_rollout_metrics_by_hand():
     scored = [
         rollout(sample=0, entropy=[1.0, 2.0, 3.0, 4.0, 99.0], reward=1.0, correct=True),

@@ -1,15 +1,11 @@
 from __future__ import annotations
 
-import dataclasses
 import os
 
 import pytest
 
 from common import deepspeed_files
 from configs.load import load_config
-from models.registry import FAMILIES
-from reward.registry import REWARDS
-from train.methods import METHODS
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +32,7 @@ def load(tmp_path):
 
 @pytest.fixture
 def whole_reference(monkeypatch, tmp_path):
-    """Families, rewards, methods and machines that files of the reference name, here or not yet here."""
-    entries = FAMILIES._entries
-    monkeypatch.setitem(entries, "llada", dataclasses.replace(FAMILIES.get("sdar"), name="llada", attention="full"))
-    monkeypatch.setitem(REWARDS._entries, "code", REWARDS._entries["exact"])
-    if "coupled" not in METHODS:
-        monkeypatch.setitem(METHODS._entries, "coupled", METHODS.get("TraceRL"))
+    """The machines that files of the reference name."""
     monkeypatch.setattr(deepspeed_files, "FOLDER", tmp_path)
     for name in ["1_node_8_gpus_deepspeed_zero3", "2_node_8_gpus_deepspeed_zero3"]:
-        (tmp_path / f"{name}.yaml").write_text("deepspeed_config: {zero_stage: 3}\n")
+        (tmp_path / f"{name}.yaml").write_text(f"num_machines: {name[0]}\ndeepspeed_config: {{zero_stage: 3}}\n")

@@ -297,6 +297,185 @@ lr_scheduler:
         min_lr_scale: 0.1
 """
 
+RL_DREAM = """
+wandb:
+  entity: null
+  resume: 'auto'
+
+experiment:
+    project: "rl_dream"
+    function: "train"
+    start_from_scratch: True
+    total_step: 60
+    save_every: 10
+    eval_every: 10
+    current_epoch: 1
+    deepspeed_file: "1_node_8_gpus_deepspeed_zero3"
+    num_node: 1
+    node_index: 0
+
+model:
+    pretrained_model: "/models/Dream-v0-Instruct-7B"
+    model_base: "dream"
+    optimized_name: "optimized"
+
+dataset:
+    train_dataset: "MATH_train"
+    optimization_data: "rl_data"
+    eval_dataset: "MATH500"
+    data_type: "math"
+
+rollout:
+    num_task_per_step: 64
+    num_response_per_task: 16
+    temperature: 1.0
+    steps: 512
+    max_gen_length: 512
+    block_size: 4
+    batch_size: 1
+    use_cache: True
+    further_horizon: 32
+    alg_temp: 0
+    pad_target_penalty: 1.2
+    target: "margin_confidence"
+    top_p: 1.0
+    remasking_strategy: "low_confidence_dynamic"
+    dynamic_threshold: 0.95
+
+execute:
+    num_chunk: 128
+
+training:
+    gradient_checkpointing_enable: True
+    gradient_accumulation_steps: 4
+    batch_size_lm: 1
+    mixed_precision: bf16
+    enable_tf32: True
+    seed: 10086
+    num_train_epochs: 1
+    max_grad_norm: 1.0
+    method: "TraceRL"
+    lower_p: 0.1
+    upper_p: 0.9
+    mask_times_per_sample: 8
+    shrink: 16
+    post_num: 4
+    max_gen_length: 512
+    max_prompt_len: 784
+    eps: 0.2
+    beta: 0.01
+    use_kl_estimator_k3: True
+
+optimizer:
+    name: adamw
+    params:
+        learning_rate: 1e-6
+        scale_lr: False
+        beta1: 0.9
+        beta2: 0.999
+        weight_decay: 0.0
+        epsilon: 1e-8
+
+lr_scheduler:
+    scheduler: "cosine"
+    params:
+        learning_rate: ${optimizer.params.learning_rate}
+        warmup_steps: 0
+        min_lr_scale: 1.0
+
+evaluation:
+    if_eval: True
+    num_response_per_task: 1
+    temperature: 0.1
+    steps: 512
+    max_gen_length: 512
+    block_size: [4, 32]
+    batch_size: 1
+    use_cache: True
+    further_horizon: 128
+    target: "confidence"
+    remasking_strategy: ["low_confidence_dynamic", "low_confidence_static"]
+    dynamic_threshold: 0.9
+"""
+
+EVAL_MMADA = """
+experiment:
+    project: "mmada_eval"
+    num_node: 1
+    node_index: 0
+
+model: "/models/MMaDA-8B-MixCoT"
+model_base: "mmada"
+
+dataset:
+    eval_dataset: "GSM8K"
+    data_type: "math"
+
+rollout:
+    num_response_per_task: 1
+    temperature: 0.1
+    steps: 128
+    max_gen_length: 256
+    block_size: [32, 64]
+    batch_size: 2
+    use_cache: False
+    further_horizon: 128
+    target: "neg_entropy"
+    top_p: 0.95
+    top_k: 40
+    remasking_strategy: "low_confidence_static"
+    dynamic_threshold: 0.9
+    output_unmasking_history: True
+
+execute:
+    num_chunk: 128
+"""
+
+SFT_DREAM = """
+wandb:
+  entity: null
+  resume: 'auto'
+
+experiment:
+    project: "sft_dream"
+    num_node: 1
+
+model:
+    pretrained_model: "/models/Dream-v0-Instruct-7B"
+    model_base: "dream"
+    optimized_name: "optimized"
+
+dataset:
+    optimization_data: "demon_openr1math"
+
+training:
+    method: "semi-ar"
+    gradient_accumulation_steps: 1
+    batch_size_lm: 4
+    num_train_epochs: 3
+    mixed_precision: bf16
+    block_size: 32
+    shrink: 48
+    post_num: 4
+    lower_p: 0.1
+    upper_p: 0.9
+    mask_times_per_sample: 35
+    max_gen_length: 1600
+    max_prompt_len: 512
+
+optimizer:
+    name: adamw
+    params:
+        learning_rate: 1e-5
+
+lr_scheduler:
+    scheduler: "cosine"
+    params:
+        learning_rate: ${optimizer.params.learning_rate}
+        warmup_steps: 100
+        min_lr_scale: 0.1
+"""
+
 EVERY_KEY = """
 experiment: project function start_from_scratch total_step save_every eval_every train_value_every current_epoch
     deepspeed_file num_node node_index

@@ -254,9 +254,9 @@ def test_system_settings_become_environment_variables(load, monkeypatch, tmp_pat
 
 
 def test_settings_without_a_use_are_said(load, capsys):
-    load("rl", MINIMAL, "rollout.deterministic=true", "evaluation.output_unmasking_history=false")
+    load("rl", MINIMAL, "rollout.tensor_parallel_size=2", "evaluation.output_unmasking_history=false")
     told = capsys.readouterr().err
-    assert "rollout.deterministic (prompts are always" in told and "evaluation.output_unmasking_history (step maps are" in told
+    assert "rollout.tensor_parallel_size (every process" in told and "evaluation.output_unmasking_history (step maps are" in told
     load("rl", MINIMAL, "evaluation.output_unmasking_history=true")
     assert not capsys.readouterr().err
 

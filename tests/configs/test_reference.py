@@ -8,13 +8,13 @@ from omegaconf import OmegaConf
 from common.errors import UserError
 from configs.reference import ALIASES, UNUSED, canonical, flatten
 from configs.schema import Decoding
-from tests.configs.reference_files import EVAL, RL_BLOCK, RL_FULL_WITH_VALUE, SFT, every_key
+from tests.configs.reference_files import EVAL, EVAL_MMADA, RL_BLOCK, RL_DREAM, RL_FULL_WITH_VALUE, SFT, SFT_DREAM, every_key
 
 pytestmark = pytest.mark.usefixtures("whole_reference")
 
 
 def test_the_files_hold_every_key():
-    texts = [RL_BLOCK, RL_FULL_WITH_VALUE, EVAL, SFT]
+    texts = [RL_BLOCK, RL_FULL_WITH_VALUE, EVAL, SFT, RL_DREAM, EVAL_MMADA, SFT_DREAM]
     held = {key for text in texts for key in flatten(OmegaConf.to_container(OmegaConf.create(text)))}
     assert every_key() <= held
 
@@ -69,6 +69,50 @@ def test_rl_full_attention_with_value_model(load):
     assert config.optimizer.params.policy_learning_rate == 1e-6 and config.optimizer.params.value_learning_rate == 5e-6
     assert config.system.HTTP_PROXY == "http://proxy:3128" and config.experiment.num_node == 2
     assert config.rollout.reward_model.k_sample == 3
+
+
+def test_rl_full_attention(load, capsys):
+    config = load("rl", RL_DREAM)
+    r = config.rollout
+    assert config.model.model_base == "dream" and (r.max_token, r.steps, r.block_size, r.batch_size) == (512, 512, 4, 1)
+    assert (r.use_cache, r.cache, r.further_horizon, r.stop_early) == (True, None, 32, False)
+    assert (r.target, r.alg_temp, r.pad_target_penalty, r.top_p, r.top_k) == ("margin_confidence", 0.0, 1.2, 1.0, 0)
+    t = config.training
+    assert (t.method, t.shrink, t.post_num, t.mask_times_per_sample, t.max_rows_per_response) == ("TraceRL", 16, 4, 8, None)
+    assert (t.num_updates_per_step, t.num_train_epochs, t.batch_size_lm, t.gradient_accumulation_steps) == (None, 1, 1, 4)
+    found = [(v.block_size, v.remasking_strategy, v.target, v.further_horizon, v.steps) for v in config.evaluation.variants()]
+    assert found == [
+        (4, "low_confidence_dynamic", "confidence", 128, 512),
+        (32, "low_confidence_static", "confidence", 128, 512),
+    ]
+    assert config.evaluation.pad_target_penalty == 1.2, "not given for evaluation: as in rollout"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and "experiment.function" in lines[0], "nothing else is without a use"
+
+
+@pytest.mark.parametrize("method, objective", [("random_masking", "clipped"), ("coupled", "clipped")])
+def test_other_methods_of_full_attention(load, method, objective):
+    from train.methods import METHODS
+
+    config = load("rl", RL_DREAM, f"training.method={method}")
+    assert config.training.mask_times_per_sample == 8 and METHODS.get(config.training.method).objective_of("rl") == objective
+
+
+def test_eval_full_attention(load, capsys):
+    config = load("eval", EVAL_MMADA)
+    evaluation = config.evaluation
+    assert (evaluation.max_token, evaluation.steps, evaluation.batch_size, evaluation.temperature) == (256, 128, 2, 0.1)
+    assert (evaluation.use_cache, evaluation.target, evaluation.top_p) == (False, "neg_entropy", 0.95)
+    assert [(v.block_size, v.top_k, v.steps) for v in evaluation.variants()] == [(32, 40, 128), (64, 40, 128)]
+    assert "evaluation.further_horizon=128 has no use: without a cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("method", ["semi-ar", "random_masking", "trace", "ar"])
+def test_sft_full_attention(load, method, capsys):
+    config = load("sft", SFT_DREAM, f"training.method={method}")
+    t = config.training
+    assert (t.method, t.block_size, t.max_gen_length, t.post_num, t.shrink) == (method, 32, 1600, 4, 48)
+    assert capsys.readouterr().err == ""
 
 
 def test_eval_with_the_model_at_the_top(load):

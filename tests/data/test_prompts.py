@@ -3,7 +3,7 @@ import pytest
 from common.errors import UserError
 from common.records import Task
 from data.instructions import code_turn
-from data.prompts import build_prompt, prompt_text
+from data.prompts import build_prompt, prompt_text, render_chat, render_messages
 from reward.registry import REWARDS
 
 TASK = Task("t", "What is 1+1?", "2")
@@ -40,6 +40,11 @@ class WithTemplate(Letters):
             f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n\n{TURN}<|eot_id|>"
             "<|start_header_id|>assistant<|end_header_id|>\n\n",
         ),
+        (
+            "llama3-mmada",
+            f"<|startoftext|><|start_header_id|>user<|end_header_id|>\n{TURN}<|eot_id|>"
+            "<|startoftext|><|start_header_id|>assistant<|end_header_id|>\n",
+        ),
     ],
 )
 def test_fixed_forms(style, text):
@@ -48,6 +53,64 @@ def test_fixed_forms(style, text):
     assert prompt_text(TASK, math, style, WithTemplate(), use_tokenizer_template=False) == text
     assert prompt_text(TASK, math, style, Letters(), start_with_think=True) == text + "<think>\n"
     assert build_prompt(TASK, math, style, Letters()) == [ord(c) for c in text]
+
+
+@pytest.mark.parametrize(
+    "family, text",
+    [
+        ("sdar", "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"),
+        (
+            "dream",
+            "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        (
+            "llada",
+            "<|startoftext|><|start_header_id|>user<|end_header_id|>\n\nHi<|eot_id|>"
+            "<|start_header_id|>assistant<|end_header_id|>\n\n",
+        ),
+        (
+            "mmada",
+            "<|startoftext|><|start_header_id|>user<|end_header_id|>\nHi<|eot_id|>"
+            "<|startoftext|><|start_header_id|>assistant<|end_header_id|>\n",
+        ),
+    ],
+)
+def test_the_form_of_a_family(family, text):
+    from models.registry import FAMILIES
+
+    assert render_chat("Hi", FAMILIES.get(family).chat_style, Letters()) == text
+
+
+def test_code_prompts_of_a_family_with_a_system_turn():
+    """What DiffuCoder, of the family dream, is asked: the head of the function, or a program that reads and prints."""
+    head = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\nAdd two numbers.\n"
+    tail = "<|im_end|>\n<|im_start|>assistant\n"
+    code = REWARDS.get("code")
+    function = Task("t", "Add two numbers.", None, {"test_method": "function", "prefix": "def add(a, b):", "test_list": []})
+    assert prompt_text(function, code, "chatml-system", Letters()) == (
+        f"{head}Write the solution as one Python code block, between ```python and ```. It must begin with this:\n"
+        f"```python\ndef add(a, b):\n```{tail}"
+    )
+    stdio = Task("t", "Add two numbers.", None, {"test_method": "stdio"})
+    assert prompt_text(stdio, code, "chatml-system", Letters()) == (
+        f"{head}Write the solution as one Python code block, between ```python and ```. "
+        f"The program must read its input from stdin and print its output to stdout.{tail}"
+    )
+
+
+def test_several_turns():
+    turns = [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}, {"role": "user", "content": "3"}]
+    assert render_messages(turns, "llama3-mmada", Letters()) == (
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n1<|eot_id|>"
+        "<|startoftext|><|start_header_id|>assistant<|end_header_id|>\n2<|eot_id|>"
+        "<|startoftext|><|start_header_id|>user<|end_header_id|>\n3<|eot_id|>"
+        "<|startoftext|><|start_header_id|>assistant<|end_header_id|>\n"
+    )
+    own = [{"role": "system", "content": "B."}, *turns]
+    chatml = "<|im_start|>system\nB.<|im_end|>\n<|im_start|>user\n1<|im_end|>\n"
+    assert render_messages(own, "chatml-system", Letters()).startswith(chatml)
+    llama3 = "<|startoftext|><|start_header_id|>system<|end_header_id|>\n\nB.<|eot_id|><|start_header_id|>user<|end_header_id|>"
+    assert render_messages(own, "llama3", Letters()).startswith(llama3 + "\n\n1<|eot_id|>")
 
 
 def test_the_tokenizers_own_template_comes_first():

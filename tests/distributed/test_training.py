@@ -102,6 +102,9 @@ RL_SETTINGS = [
     "evaluation.num_response_per_task=1",
     "rollout.num_task_per_step=6",
     "rollout.num_response_per_task=4",
+    # Who samples what is fixed: a run that is broken off then goes on bit for bit.
+    "rollout.deterministic=true",
+    "evaluation.deterministic=true",
     "training.num_updates_per_step=2",
     "training.beta=0.02",
     "training.kl_to=reference",
@@ -136,6 +139,7 @@ def run_of_one_process(folder) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs = {name: {"argv": command_line(folder, name, *overrides)} for name, overrides in MODES.items()}
+    runs["ddp"]["argv"] += ["rollout.deterministic=false", "evaluation.deterministic=false"]  # shared queue
     for name in BFLOAT16:
         runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Callable, Iterator
 
 import models.registry  # noqa: F401
-from tests.golden import objective, rewards, sdar, value
+from tests.golden import dream, llada, mmada, objective, rewards, sdar, value
 from tests.golden.result import SetResult
 
 
@@ -56,6 +56,9 @@ def check_named(check: Callable[[Path], list[SetResult]]) -> Callable[[Path, Pat
 
 CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
     "sdar": check_named(sdar.check),
+    "llada": check_named(llada.check),
+    "dream": check_named(dream.check),
+    "mmada": check_named(mmada.check),
     "objective": check_objective,
     "rewards": check_named(rewards.check),
     "value": check_value,

@@ -1,8 +1,10 @@
 """objective/<family>: the reference's RL rows, log-probs, losses, gradients and AdamW steps, reproduced from packed traces.
 
-One set per case. What is compared: for every row its trained tokens, the log-probs of both policies there and its loss; the sum of
-gradients; for the multi-step case the losses, gradient norms and final weights. Cases whose name starts with `optional_` describe
-the reference's own grid and left padding, which are not ours.
+One set per case. What is compared: for every row what it hides and trains, the log-probs of both policies there and its loss; the
+sum of gradients; for the multi-step case the losses, gradient norms and final weights.
+
+Cases whose name starts with `optional_` describe the reference's own grid and left padding. Those of block attention are not ours.
+Full attention: pads that the reference hides are left out; pads that it lets the model see are given to ours as prompt tokens.
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from torch import Tensor
 
 from models.checkpoint import Pretrained, load_pretrained, piece_view
 from tests.golden.result import SetResult
+from train.layout import Layout
 from train.methods import METHODS
-from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
+from train.objectives import CLAMP, OBJECTIVES, ObjectiveInput, kl_weights, token_weights
 from train.packing import Document, build_document, build_pack, number
 from train.policy import Policy
-from train.traces import TRACES, Response, Trace, lay_out, limit_pads
+from train.traces import Response, Trace, limit_pads
 
 LOGPROB, LOSS, GRADIENT, WEIGHT = 1e-4, 1e-5, 1e-4, 1e-4
 """Tolerances of the golden README: absolute; of the sum of |row losses|; of a tensor's largest entry (+1e-6); absolute."""
@@ -47,35 +50,59 @@ class Case:
         return cls(meta["name"], meta["settings"], meta["rollouts"], meta, tensors)
 
     @property
+    def is_canvas(self) -> bool:
+        """Whether its rows are whole canvases (full attention)."""
+        return "input_ids" in self.tensors
+
+    @property
+    def method(self) -> str:
+        return self.settings.get("method", "TraceRL")
+
+    @property
     def training(self) -> SimpleNamespace:
         """The case's settings under the names of the config's `training` section."""
         masks = {"mask_times_per_sample": 1, "mask_ratio": "per_block"}
-        return SimpleNamespace(**{"eps_high": None, "importance_cap": None, **masks, **self.settings})
+        return SimpleNamespace(**{"eps_high": None, "importance_cap": None, "method": "TraceRL", **masks, **self.settings})
+
+    @property
+    def has_seen_pads(self) -> bool:
+        """Whether prompts are padded on the left with tokens that the model sees."""
+        return "key_visible" not in self.tensors and len({len(r["prompt_ids"]) for r in self.rollouts}) > 1
+
+    def prompt(self, rollout: dict[str, Any]) -> list[int]:
+        pads = self.meta["prompt_len"] - len(rollout["prompt_ids"]) if self.has_seen_pads else 0
+        return [self.meta["pad_id"]] * pads + rollout["prompt_ids"]
 
     def responses(self) -> list[Response]:
-        """Padded to the longest response with pads; a shorter step map is extended by its maximum + 1."""
+        """Padded to the longest response with pads, cut at max_gen_length; a shorter step map is extended by its maximum + 1."""
         length = max(len(r["response_ids"]) for r in self.rollouts)
+        kept = slice(self.settings.get("max_gen_length"))
         # Some sets count steps from 0, which is "never revealed" here; only their order matters.
         shift = 1 - min((s for r in self.rollouts for s in r.get("step_map") or [1]), default=1)
         out = []
         for r in self.rollouts:
             missing = length - len(r["response_ids"])
-            ids = np.array(r["response_ids"] + [self.meta["pad_id"]] * missing)
-            steps = np.array(r["step_map"] + [max(r["step_map"]) + 1] * missing) + max(shift, 0) if r.get("step_map") else None
-            is_pad = np.arange(length) >= len(r["response_ids"])
-            out.append(Response(np.array(r["prompt_ids"]), ids, length, steps, is_pad))
+            ids = np.array(r["response_ids"] + [self.meta["pad_id"]] * missing)[kept]
+            steps = None
+            if given := r.get("step_map"):
+                steps = (np.array(given + [max(given) + 1] * (length - len(given))) + max(shift, 0))[kept]
+            is_pad = np.arange(len(ids)) >= len(r["response_ids"])
+            out.append(Response(np.array(self.prompt(r)), ids, len(ids), steps, is_pad))
         return out
 
 
 def recorded_masks(case: Case, prompt_length: int) -> list[list[np.ndarray]]:
     """Random masks cannot be drawn again: per rollout, the rows that the set recorded as hidden positions [L], in row order."""
-    extended = case.tensors["extended_input_ids"].numpy()
-    length = (extended.shape[1] - prompt_length) // 2
-    noisy = extended[:, prompt_length + length :]
-    clean = extended[:, prompt_length : prompt_length + length]
+    if case.is_canvas:
+        prompts = case.tensors["labels"][:, :prompt_length].numpy()
+        clean, noisy = (case.tensors[name][:, prompt_length:].numpy() for name in ("labels", "input_ids"))
+    else:
+        extended = case.tensors["extended_input_ids"].numpy()
+        length = (extended.shape[1] - prompt_length) // 2
+        prompts = extended[:, :prompt_length]
+        clean, noisy = extended[:, prompt_length : prompt_length + length], extended[:, prompt_length + length :]
     rows: list[list[np.ndarray]] = [[] for _ in case.rollouts]
-    for row, (ids, hidden) in enumerate(zip(clean, noisy == case.meta["mask_id"], strict=True)):
-        prompt = extended[row, :prompt_length]
+    for ids, prompt, hidden in zip(clean, prompts, noisy == case.meta["mask_id"], strict=True):
         owners = [
             i
             for i, (rollout, response) in enumerate(zip(case.rollouts, case.responses(), strict=True))
@@ -86,9 +113,9 @@ def recorded_masks(case: Case, prompt_length: int) -> list[list[np.ndarray]]:
     return rows
 
 
-def masked_trace(response: Response, block_size: int, masks: list[np.ndarray], training: Any) -> Trace:
+def masked_trace(response: Response, layout: Layout, masks: list[np.ndarray]) -> Trace:
     """The slices of given masks, one rank each."""
-    grid = lay_out(response, block_size)
+    grid, training = layout.grid(response), layout.training
     hidden = np.concatenate([grid.lay(mask, False) for mask in masks])
     num_blocks = len(grid.is_response)
     rank = np.repeat(np.arange(len(masks)), num_blocks)
@@ -99,35 +126,38 @@ def masked_trace(response: Response, block_size: int, masks: list[np.ndarray], t
 
 def slices_of(case: Case) -> list[Document]:
     """The documents of a case, one per rollout that trains something."""
-    training = case.training
-    method = case.settings.get("method", "TraceRL")
-    masks = recorded_masks(case, len(case.rollouts[0]["prompt_ids"])) if method != "TraceRL" else None
+    layout = Layout("full" if case.is_canvas else "block", case.training)
+    masks = recorded_masks(case, len(case.rollouts[0]["prompt_ids"])) if case.method != "TraceRL" else None
     documents = []
     for index, response in enumerate(case.responses()):
         if masks is None:
-            trace = TRACES.get(METHODS.get(method).trace)(response, training.block_size, training, np.random.default_rng(0))
+            document = layout.document(index, response, np.random.default_rng(0))
         else:
-            trace = masked_trace(response, training.block_size, masks[index], training)
-        document = build_document(index, response, trace, training.block_size)
+            response = layout.prepared(response)
+            document = build_document(index, response, masked_trace(response, layout, masks[index]), layout.block_size(response))
         if document is not None:
             documents.append(document)
     return documents
 
 
 class ObjectiveChecker:
-    """The objective of one folder of cases, block attention."""
+    """The objective of one folder of cases."""
 
     def __init__(self, folder: Path, family: str) -> None:
         self.new = load_pretrained(str(folder / "policy"), family, torch.float32)
         self.old = load_pretrained(str(folder / "old_policy"), family, torch.float32)
+        self.logit_shift = self.new.family.logit_shift
+        self.has_padding_index = family in PADDING_INDEX
 
     def policy(self, model: Pretrained) -> Policy:
         # The sets keep the mask id in the softmax, so nothing is forbidden.
         return Policy(model.decoder, forbidden_ids=[])
 
-    def rows(self, documents: list[Document]) -> list[tuple[int, int]]:
-        """The rows (response, k) in the reference's order: rollout by rollout, or all first masks and then all second ones."""
-        return [(d.response, int(k)) for d in documents for k in np.unique(d.trace.rank)]
+    def rows(self, case: Case, documents: list[Document]) -> list[tuple[int, int]]:
+        """The rows (response, k) in the reference's order: rollout by rollout; random masks of block models, all first ones and
+        then all second ones."""
+        rows = [(d.response, int(k)) for d in documents for k in np.unique(d.trace.rank)]
+        return rows if case.method == "TraceRL" or case.is_canvas else sorted(rows, key=lambda row: row[1])
 
 
 def select_row(documents: list[Document], response: int, k: int) -> Document:
@@ -135,17 +165,21 @@ def select_row(documents: list[Document], response: int, k: int) -> Document:
     return document.select(document.trace.rank == k)
 
 
-def objective_input(case: Case, documents: list[Document], old: Policy, new: Policy) -> tuple[ObjectiveInput, Any]:
+def objective_input(case: Case, documents: list[Document], old: Policy, new: Policy, shift: int) -> tuple[ObjectiveInput, Any]:
     """Log-probs of both policies for every prediction of `documents` (one batch), weighted as the reference does."""
     predictions = number(documents)
-    pack = build_pack(documents, case.meta["mask_id"])
+    pack = build_pack(documents, case.meta["mask_id"], logit_shift=shift)
     with torch.no_grad():
         old_logprobs, _ = old(pack)
     logprobs, _ = new(pack)
-    length = max(len(r["response_ids"]) for r in case.rollouts)
-    weights = torch.as_tensor(token_weights(predictions, "reference", length, length), dtype=torch.float32)[pack.prediction]
+    length, attention = max(len(r["response_ids"]) for r in case.rollouts), "full" if case.is_canvas else "block"
+    loss = token_weights(predictions, "reference", length, length, attention)
+    weights, of_kl = (
+        torch.as_tensor(values, dtype=torch.float32)[pack.prediction]
+        for values in (loss, kl_weights(predictions, loss, "reference", attention))
+    )
     advantages = torch.tensor([r["reward"] for r in case.rollouts])[torch.as_tensor(predictions.response)][pack.prediction]
-    x = ObjectiveInput(logprobs, old_logprobs, old_logprobs, old_logprobs, advantages, weights, weights)
+    x = ObjectiveInput(logprobs, old_logprobs, old_logprobs, old_logprobs, advantages, weights, of_kl)
     return x, predictions
 
 
@@ -165,30 +199,37 @@ def gradient_errors(model: Pretrained, tensors: dict[str, Tensor]) -> Iterator[f
 def check_case(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
     """Row by row, then all rows as one batch. `max_error` is the worst error as a share of its own tolerance."""
     new, old = checker.policy(checker.new), checker.policy(checker.old)
-    # The reference's embedding gives the pad id no gradient.
-    checker.new.decoder.embed.padding_idx = case.meta["pad_id"]
+    checker.new.decoder.embed.padding_idx = case.meta["pad_id"] if checker.has_padding_index else None
     new.zero_grad(set_to_none=False)
     clipped, tensors, notes = OBJECTIVES.get("clipped"), case.tensors, []
     documents = slices_of(case)
-    rows = checker.rows(documents)
-    if case.settings["method"] != "TraceRL":
-        rows.sort(key=lambda row: row[1])
+    rows = checker.rows(case, documents)
+    if case.name.startswith("optional_leftpad"):
+        pads = sum(case.meta["prompt_len"] - len(r["prompt_ids"]) for r in case.rollouts)
+        seen = "seen by the model there, are prompt tokens here" if case.has_seen_pads else "hidden there, are left out here"
+        notes.append(f"{pads} pads on the left of {len(case.rollouts)} prompts, {seen}")
     theirs = tensors["row_loss"].double()
     worst = 0.0
     if len(rows) != len(theirs):
         return SetResult(path, "FAIL", len(rows), math.inf, 1.0, [f"{len(rows)} rows, the set has {len(theirs)}"])
-    row_losses = []
+    row_losses, num_clamped = [], 0
     for index, (response, k) in enumerate(rows):
-        x, predictions = objective_input(case, [select_row(documents, response, k)], old, new)
-        prompt = len(case.rollouts[response]["prompt_ids"])
-        positions = torch.as_tensor(predictions.offset + prompt)
-        mask = tensors["p_mask"][index].bool()
-        order = positions.argsort()
-        if not torch.equal(mask.nonzero()[:, 0], positions[order]):
+        row = select_row(documents, response, k)
+        x, predictions = objective_input(case, [row], old, new, checker.logit_shift)
+        columns = torch.as_tensor(predictions.offset + case.meta["prompt_len"])  # prompts stand at the right of their part
+        order = columns.argsort()
+        columns = columns[order]
+        if not torch.equal(tensors["p_mask"][index].nonzero()[:, 0], columns):
             return SetResult(path, "FAIL", len(rows), math.inf, 1.0, [f"row {index} trains other tokens"])
+        if case.is_canvas:
+            hidden = tensors["input_ids"][index, case.meta["prompt_len"] :] == case.meta["mask_id"]
+            if not np.array_equal(row.trace.hidden[0, row.prompt_length :], hidden.numpy()):
+                return SetResult(path, "FAIL", len(rows), math.inf, 1.0, [f"row {index} hides other tokens"])
         for ours, name in [(x.logprobs, "logp_new"), (x.old_logprobs, "logp_old")]:
             if name in tensors:
-                worst = max(worst, float((ours.detach()[order] - tensors[name][index][mask]).abs().max()) / LOGPROB)
+                recorded = tensors[name][index, columns - checker.logit_shift]
+                worst = max(worst, float((ours.detach()[order] - recorded).abs().max()) / LOGPROB)
+        num_clamped += int(((x.logprobs - x.old_logprobs).abs() > CLAMP).sum())
         loss = clipped(x, case.training).loss
         loss.backward()  # the set's gradient is that of the sum of row losses
         row_losses.append(loss.item())
@@ -200,10 +241,12 @@ def check_case(checker: ObjectiveChecker, case: Case, path: str) -> SetResult:
     worst = max([worst, *gradient_errors(checker.new, tensors)])
     new.zero_grad(set_to_none=False)
     # One batch of all rows: global normalisation must give their mean.
-    x, _ = objective_input(case, documents, old, new)
+    x, _ = objective_input(case, documents, old, new, checker.logit_shift)
     mean_error = abs(float(clipped(x, case.training).loss.detach() - tensors["loss_mean"]))
     worst = max(worst, mean_error / (LOSS * float(theirs.abs().mean())))
     checker.new.decoder.embed.padding_idx = None
+    if case.is_canvas and num_clamped:
+        notes.append(f"log-ratios beyond {CLAMP:g} are clamped here and not there: {num_clamped} tokens")
     return SetResult(path, "PASS" if worst <= 1 else "FAIL", len(rows), worst, 1.0, notes)
 
 
@@ -213,13 +256,13 @@ def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetRes
     before = {name: p.detach().clone() for name, p in checker.new.decoder.named_parameters()}
     new, start = checker.policy(checker.new), checker.policy(checker.new)
     documents = slices_of(case)
-    rows = checker.rows(documents)
+    rows = checker.rows(case, documents)
     size = settings["batch_size_lm"]
     batches = [rows[i : i + size] for i in range(0, len(rows), size)]
     parts = [[select_row(documents, *row) for row in batch] for batch in batches]
     # The old log-probs are those of the initial weights, computed once.
     with torch.no_grad():
-        olds = [objective_input(case, part, start, start)[0].old_logprobs for part in parts]
+        olds = [objective_input(case, part, start, start, checker.logit_shift)[0].old_logprobs for part in parts]
     optimizer = torch.optim.AdamW(
         new.parameters(),
         lr=optimizer_settings["learning_rate"],
@@ -234,7 +277,7 @@ def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetRes
         rate = optimizer_settings["learning_rate"] * (1 + math.cos(math.pi * update / (num_updates + 1))) / 2
         for group in optimizer.param_groups:
             group["lr"] = rate
-        x, _ = objective_input(case, part, start, new)
+        x, _ = objective_input(case, part, start, new, checker.logit_shift)
         x.old_logprobs = x.kl_logprobs = old
         loss = OBJECTIVES.get("clipped")(x, case.training).loss
         loss.backward()
@@ -259,7 +302,9 @@ def check_multi_step(checker: ObjectiveChecker, case: Case, path: str) -> SetRes
     return SetResult(path, "PASS" if worst <= 1 else "FAIL", num_updates, worst, 1.0, [])
 
 
-FAMILIES_SUPPORTED = {"sdar"}
+FAMILIES_SUPPORTED = {"sdar", "llada", "dream"}
+PADDING_INDEX = {"sdar", "dream"}
+"""Families whose embedding gives the pad id no gradient in the reference."""
 
 
 def check(folder: Path, name: str, family: str) -> list[SetResult]:
@@ -268,7 +313,7 @@ def check(folder: Path, name: str, family: str) -> list[SetResult]:
     results = []
     for file in sorted(folder.glob("*.json")):
         case, path = Case.read(file), f"{name}/{file.stem}"
-        if case.name.startswith("optional_"):
+        if case.name.startswith("optional_") and not case.is_canvas:
             results.append(SetResult(path, "UNSUPPORTED", 0, 0.0, 0.0, ["describes the reference's own grid or left padding"]))
         elif case.settings["method"] not in METHODS:
             results.append(SetResult(path, "UNSUPPORTED", 0, 0.0, 0.0, [f"method {case.settings['method']}"]))

@@ -28,8 +28,8 @@ GREEDY = {"argmax": True, "multinomial_topk1": False}
 """By `token_choice`."""
 
 
-def check(folder: Path) -> list[SetResult]:
-    """All sets of the golden folder's sdar/ directory, whatever variants it holds."""
+def check(folder: Path, engine: str = "auto") -> list[SetResult]:
+    """All sets of the golden folder's sdar/ directory, whatever variants it holds. engine: `rollout.engine`."""
     results = []
     for config in sorted(folder.rglob("config.json")):
         variant = config.parent
@@ -38,7 +38,7 @@ def check(folder: Path) -> list[SetResult]:
         for file in sorted(variant.glob("forward*.safetensors")):
             results.append(check_forward(model, load_file(file), f"{path}/{file.stem}"))
         for file in sorted(variant.glob("generation*.json")):
-            results.append(check_generation(model, json.loads(file.read_text())["cases"], f"{path}/{file.stem}"))
+            results.append(check_generation(model, json.loads(file.read_text())["cases"], f"{path}/{file.stem}", engine))
     return results
 
 
@@ -87,18 +87,18 @@ def difference(case: dict[str, Any], rollout: Rollout) -> str | None:
     return None
 
 
-def check_generation(model: Pretrained, cases: list[dict[str, Any]], path: str) -> SetResult:
+def check_generation(model: Pretrained, cases: list[dict[str, Any]], path: str, engine: str = "auto") -> SetResult:
     """Cases of equal settings go through the engine together, few at a time, so that slots are refilled."""
     unknown = {c["strategy"] for c in cases} - set(UNMASKING) | {c["token_choice"] for c in cases} - set(GREEDY)
     if unknown:
         return SetResult(path, "UNSUPPORTED", len(cases), 0.0, 0.0, [f"unknown: {', '.join(sorted(unknown))}"])
-    engine = build_engine(model.decoder, model.family, max_active=3)
+    built = build_engine(model.decoder, model.family, max_active=3, engine=engine)
     groups: dict[SamplingSettings, list[dict[str, Any]]] = {}
     for case in cases:
         groups.setdefault(settings_of(case), []).append(case)
     notes = []
     for settings, group in groups.items():
-        rollouts = engine.generate([Request(case["name"], case["prompt"]) for case in group], settings)
+        rollouts = built.generate([Request(case["name"], case["prompt"]) for case in group], settings)
         found = [(case["name"], difference(case, rollout)) for case, rollout in zip(group, rollouts)]
         notes += [f"{name}: {what}" for name, what in found if what]
     return SetResult(path, "FAIL" if notes else "PASS", len(cases), float(len(notes)), 0.0, notes)

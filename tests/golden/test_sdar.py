@@ -14,8 +14,9 @@ from tests.golden import sdar
 DATA = Path(__file__).parent / "data" / "sdar"
 
 
-def test_all_sets_pass() -> None:
-    results = sdar.check(DATA)
+@pytest.mark.parametrize("engine", ["torch", "triton"])
+def test_all_sets_pass(engine: str) -> None:
+    results = sdar.check(DATA, engine)
     assert [r.status for r in results] == ["PASS"] * 8, [r.line() for r in results]
     assert {r.path for r in results} >= {"sdar/tied/generation", "sdar/untied/forward_b2_arbitrary"}
     assert all(r.cases > 0 for r in results)

@@ -3,7 +3,7 @@
     KILL_AT=update:3     the place, a name in PLACES, and the step
     KILL_MARKER=FILE     made at the kill; where it exists already nothing is killed
 
-Without KILL_AT it changes nothing. It also registers the reward of those runs, which differs more than right and wrong do.
+Without KILL_AT it changes nothing. It also registers the rewards of those runs, which differ more than right and wrong do.
 """
 
 from __future__ import annotations
@@ -23,9 +23,13 @@ import common.files
 import common.metrics
 import common.report
 import common.run_dir
-import sample.block
 from reward.exact import ExactReward
 from reward.registry import REWARDS, Score
+from sample.block import BlockEngine
+from sample.canvas import CanvasEngine
+
+ENGINES = [BlockEngine, CanvasEngine]
+"""Those of a CPU."""
 
 
 @REWARDS.register("digits")
@@ -38,6 +42,14 @@ class DigitsReward(ExactReward):
             share = sum(a == b for a, b in zip(r.text, r.task.answer)) / len(r.task.answer)
             scores.append(Score(share, share >= 0.8))
         return scores
+
+
+@REWARDS.register("remainder")
+class RemainderReward(ExactReward):
+    """Says something of any text: what a model from random weights writes differs in it."""
+
+    def score(self, responses, progress=None):
+        return [Score(-(sum(map(ord, r.text)) % 7), False) for r in responses]
 
 
 PLACE, _, STEP = os.environ.get("KILL_AT", ":0").partition(":")
@@ -119,18 +131,23 @@ def is_evaluation(settings: Any) -> bool:
 @place
 def rollout() -> None:
     """Some blocks are sampled, none is finished."""
-    generate = sample.block.BlockEngine.generate
 
-    def killed(self: Any, requests: list, settings: Any, weights_version: int = 0, progress: Any = None) -> Any:
-        calls = iter(range(10**6))
+    def killed(generate: Callable[..., Any]) -> Callable[..., Any]:
+        def stopped(
+            self: Any, requests: list, settings: Any, weights_version: int = 0, progress: Any = None, queue: Any = None
+        ) -> Any:
+            calls = iter(range(10**6))
 
-        def stop(*args: Any) -> None:
-            if next(calls) == 3 and not is_evaluation(settings):
-                kill_now()
+            def stop(*args: Any) -> None:
+                if next(calls) == 3 and not is_evaluation(settings):
+                    kill_now()
 
-        return generate(self, requests, settings, weights_version, stop)
+            return generate(self, requests, settings, weights_version, stop, queue)
 
-    sample.block.BlockEngine.generate = killed
+        return stopped
+
+    for engine in ENGINES:
+        engine.generate = killed(engine.generate)
 
 
 @place
@@ -180,7 +197,8 @@ def updated() -> None:
 
 @place
 def evaluation() -> None:
-    patch(sample.block.BlockEngine, "generate", after=True, when=lambda self, requests, settings, *a: is_evaluation(settings))
+    for engine in ENGINES:
+        patch(engine, "generate", after=True, when=lambda self, requests, settings, *a: is_evaluation(settings))
 
 
 @place

@@ -50,6 +50,28 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "random_masking": ("rl", {**SELDOM, "training.method": "random_masking"}),
     "dipo": ("rl", {**SELDOM, "training.method": "DiPO", "rollout.num_response_per_task": 2}),
     "larger_block": ("rl", {**SELDOM, "model.block_size": 8, "training.block_size": 8}),
+    # Full attention: rows of a response are drawn anew for every update; the caches of sampling die with their call.
+    "canvas": (
+        "rl",
+        {
+            **SELDOM,
+            "config": "configs/rl_tiny_dream.yaml",
+            "model.pretrained_model": "tiny-random",
+            "dataset.data_type": "remainder",
+            "rollout.use_cache": "true",
+            "training.max_rows_per_response": 2,
+        },
+    ),
+    "canvas_sft": (
+        "sft",
+        {
+            "experiment.plugins": f"[{KILLER}]",
+            "config": "configs/sft_tiny_llada.yaml",
+            "model.pretrained_model": "tiny-random",
+            "training.max_steps": 6,
+            "experiment.save_state_every": 2,
+        },
+    ),
     "sft": (
         "sft",
         {
@@ -97,6 +119,7 @@ QUICK = {
     "every": ["update:3", "written_rounds_left:3", "checkpoint_between_renames:6", "state_begun:4"],
     "third": ["second_reward:5", "updated:6"],
     "coupled": ["updated:5"],
+    "canvas": ["updated:5"],
     "sft": ["updated:5"],
 }
 """Kills (the places are in killer.py) that every test run tries."""
@@ -125,7 +148,8 @@ SLOW = {
     "third": ["rollout:2", "rollout:5", "scored_not_written:5", "evaluation:4", "checkpoint_half_written:4", "state_begun:6"],
     "sft": ["update:4", "evaluation:4", "checkpoint_half_written:3", "state_begun:4"],
     "value": ["rollout:4", "update:3", "updated:5", "checkpoint_half_written:6", "state_without_counters:4"],
-    **{method: ["updated:5"] for method in ("random_masking", "dipo", "larger_block")},
+    "canvas": ["rollout:2", "update:5", "evaluation:4"],
+    **{method: ["updated:5"] for method in ("random_masking", "dipo", "larger_block", "canvas_sft")},
 }
 CASES = [
     *[(variant, place) for variant, places in QUICK.items() for place in places],
@@ -148,7 +172,7 @@ def test_killed_and_started_again(variant: str, kill_at: str, start: Start, unbr
 
 def test_the_runs_learn_something(unbroken: Any):
     """Else equality would say little: steps with updates, some with dropped groups, and several rounds where they are asked for."""
-    for variant in ("every", "third"):
+    for variant in ("every", "third", "canvas"):
         rows = unbroken(variant)["metrics.jsonl"]
         assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
         assert sum(row["train/skipped"] for row in rows) == 0

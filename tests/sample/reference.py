@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 
@@ -40,8 +41,11 @@ def block_logits(decoder: Decoder, ids: list[int], size: int) -> torch.Tensor:
     return decoder.lm_head(hidden[-size:])
 
 
-def filtered(p: list[float], top_k: int, top_p: float) -> list[float]:
-    """Top-k, then top-p, renormalised."""
+def filtered(p: list[float], top_k: int, top_p: float, top_p_first: bool = False) -> list[float]:
+    """Top-k, then top-p, or the other way round; renormalised."""
+    if top_p_first:
+        p = filtered(p, 0, top_p)
+        return filtered(p, top_k, 1.0)
     order = sorted(range(len(p)), key=lambda i: -p[i])
     if top_k:
         order = order[:top_k]
@@ -82,45 +86,59 @@ def choose(masked: list[int], score: dict, entropies: dict, n: int, s: SamplingS
     return chosen
 
 
+@dataclass
+class Drawn:
+    """What a masked position drew."""
+
+    token: int
+    logprob: float
+    entropy: float
+    score: float
+    score_entropy: float
+
+
+def draw(logits: torch.Tensor, position: int, key: tuple[int, int], forward: int, s: SamplingSettings) -> Drawn:
+    """One token from raw logits [V] of a position in the sequence's `forward`-th forward."""
+    logits = logits.double() / (s.temperature or 1.0)
+    logits[list(s.forbidden_ids)] = -math.inf
+    p = logits.softmax(-1).tolist()
+    row = noise.row_keys(torch.tensor([key], dtype=torch.int32), torch.tensor([position]), torch.tensor([forward]))
+    q = filtered(p, s.top_k, s.top_p, s.top_p_first)
+    allowed = [v for v in range(len(p)) if q[v] > 0]
+    if s.is_greedy:
+        token = max(allowed, key=lambda v: q[v])
+    else:
+        gumbel = noise.gumbel(row, len(p))[0].tolist()
+        token = max(allowed, key=lambda v: math.log(q[v]) + gumbel[v])
+    seen = q if s.confidence == "filtered" else p
+    ranked = sorted(seen, reverse=True)
+    score = {
+        "confidence": seen[token],
+        "margin_confidence": ranked[0] - ranked[1],
+        "neg_entropy": -entropy(seen),
+        "random": noise.uniform(row, torch.tensor([-1])).item(),
+    }[s.target]
+    return Drawn(token, math.log(p[token]), entropy(p), score, entropy(seen))
+
+
 def slow_generate(decoder: Decoder, request: Request, sample: int, s: SamplingSettings) -> Rollout:
     size, prompt = s.block_size, len(request.prompt_ids)
     end = math.ceil((prompt + s.max_tokens) / size) * size
     ids = list(request.prompt_ids) + [s.mask_id] * (end - prompt)
     step_map, logprobs, entropies = [0] * end, [0.0] * end, [0.0] * end
-    key = torch.tensor([noise.sequence_key(s.seed, request.task_id, sample)], dtype=torch.int32)
+    key = noise.sequence_key(s.seed, request.task_id, sample)
     counts = schedule(size, s.num_steps)
     forward = 0
     for start in range(prompt // size * size, end, size):
         step = 0
         while masked := [i for i in range(start, start + size) if i >= prompt and step_map[i] == 0]:
             forward += 1
-            logits = block_logits(decoder, ids[: start + size], size).double() / (s.temperature or 1.0)
-            logits[:, list(s.forbidden_ids)] = -math.inf
-            ps = logits.softmax(-1).tolist()
-            row_keys = noise.row_keys(key.expand(size, 2), torch.arange(start, start + size), torch.full((size,), forward))
-            gumbels = noise.gumbel(row_keys, VOCAB_SIZE).tolist()
-            uniforms = noise.uniform(row_keys, torch.tensor([-1])).tolist()
-            token, score, score_entropy = {}, {}, {}
-            for i in masked:
-                p, gumbel = ps[i - start], gumbels[i - start]
-                q = filtered(p, s.top_k, s.top_p)
-                allowed = [v for v in range(len(p)) if q[v] > 0]
-                if s.is_greedy:
-                    token[i] = max(allowed, key=lambda v: q[v])
-                else:
-                    token[i] = max(allowed, key=lambda v: math.log(q[v]) + gumbel[v])
-                seen = q if s.confidence == "filtered" else p
-                ranked = sorted(seen, reverse=True)
-                score[i] = {
-                    "confidence": seen[token[i]],
-                    "margin_confidence": ranked[0] - ranked[1],
-                    "neg_entropy": -entropy(seen),
-                    "random": uniforms[i - start][0],
-                }[s.target]
-                score_entropy[i] = entropy(seen)
-                logprobs[i], entropies[i] = math.log(p[token[i]]), entropy(p)
+            logits = block_logits(decoder, ids[: start + size], size)
+            drawn = {i: draw(logits[i - start], i, key, forward, s) for i in masked}
+            score, score_entropy = ({i: getattr(d, name) for i, d in drawn.items()} for name in ("score", "score_entropy"))
             for i in choose(masked, score, score_entropy, counts[min(step, len(counts) - 1)], s):
-                ids[i], step_map[i] = token[i], forward
+                ids[i], step_map[i] = drawn[i].token, forward
+                logprobs[i], entropies[i] = drawn[i].logprob, drawn[i].entropy
             step += 1
         answer = ids[prompt : min(start + size, prompt + s.max_tokens)]
         stops = [n for n, token in enumerate(answer) if token in s.stop_ids]

@@ -11,7 +11,7 @@ from common.errors import UserError
 from common.records import Rollout
 from models.attention import masked_attention
 from models.registry import FAMILIES
-from sample import block
+from sample import block, sampling
 from sample.engine import Request, SamplingSettings, build_engine
 from tests.sample.reference import MASK, STOPS, random_decoder, random_requests, slow_generate
 
@@ -96,7 +96,7 @@ def test_rollouts_do_not_depend_on_what_is_in_flight(monkeypatch: pytest.MonkeyP
     for ours, theirs in zip(sorted(backwards, key=lambda r: (r.task_id, r.sample)), expected, strict=True):
         assert_same(ours, theirs)
     monkeypatch.setattr(block, "PREFILL_TOKENS", 16)
-    monkeypatch.setattr(block, "LOGITS_AT_A_TIME", 50)
+    monkeypatch.setattr(sampling, "LOGITS_AT_A_TIME", 50)
     for ours, theirs in zip(build_engine(decoder, SDAR, 7).generate(requests, s), expected, strict=True):
         assert_same(ours, theirs)
 

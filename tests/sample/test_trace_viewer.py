@@ -41,7 +41,7 @@ def rollout(task: str, steps: list[int], num: int, prompt: int = 5, block: int =
 ROLLOUTS = [
     rollout("plain", [1, 1, 2, 3, 4, 4, 6], 7, reward=1.0, correct=True),
     rollout(f"evil {EVIL}", [2, 1, 1, 3, 5, 4, 4, 6, 7, 7, 7], 8, reward=-1.0, correct=False, dropped="too hard"),
-    rollout("canvas", [3, 0, 1, 2, 5, 0, 4, 4], 6, prompt=4, block=8, reward=0.5),  # full attention: two were never revealed
+    rollout("canvas", [3, 0, 1, 2, 5, 0, 4, 4], 6, prompt=6, reward=0.5),  # full attention: two were never revealed
 ]
 
 
@@ -68,8 +68,9 @@ def test_the_browser_reveals_what_the_step_map_says(tmp_path, index, step):
     for token in tokens:
         number = token.parent.attributes["data-block"]
         blocks[number] = blocks.get(number, 0) + 1
-        assert int(number) == (len(record.prompt_ids) + int(token.attributes["data-i"])) // record.block_size
-    assert len(shown.find("prompt", "span")) == len(record.prompt_ids) % record.block_size  # they stand in the first block
+        before = 0 if record.task_id == "canvas" else len(record.prompt_ids)  # a canvas counts from the prompt's end
+        assert int(number) == (before + int(token.attributes["data-i"])) // record.block_size
+    assert len(shown.find("prompt", "span")) == before % record.block_size  # they stand in the first block
 
     (now_line,) = shown.find(id="now")
     assert f"forward {min(step, last)} of {last}" in now_line.text and f"{sum(revealed)} of {len(tokens)}" in now_line.text
@@ -121,7 +122,7 @@ def test_the_page_is_one_file_without_a_network(tmp_path):
     assert "http://" not in text.replace("http://www.w3.org/2000/svg", "") and "https://" not in text
     assert text.count("</script>") == 2 and "default-src 'none'" in text
     data = json.loads(text.split('<script type="application/json" id="data">')[1].split("</script>")[0])
-    assert data["texts"]["2"] == EVIL and data["prompts"] == [[9] * 5, [9] * 4]
+    assert data["texts"]["2"] == EVIL and data["prompts"] == [[9] * 5, [9] * 6]
     assert [row["steps"] for row in data["rollouts"]] == [record.step_map for record in ROLLOUTS]
 
 

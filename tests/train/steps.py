@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any, Iterator
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from common import dist
@@ -19,9 +20,19 @@ STOP_IDS = (3, 17)
 """Common characters: responses of a random model stop early, and inside blocks."""
 
 
-def tiny_model(seed: int = 0, **changes: Any) -> Pretrained:
+FULL_ATTENTION = ("llada", "dream")
+"""Families whose slices are whole canvases: without a shift of logits and with one (and with biases)."""
+
+
+def tiny_model(seed: int = 0, family: str = "sdar", **changes: Any) -> Pretrained:
     """A random model; the rows of its vocabulary beyond the tokenizer are forbidden, as the mask is."""
-    return build_tiny(FAMILIES.get("sdar"), seed=seed, **{"vocab_size": 32, **changes})
+    model = build_tiny(FAMILIES.get(family), seed=seed, **{"vocab_size": 32, **changes})
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.decoder.named_parameters():
+            if name.endswith("bias"):  # zeros would hide that one is left out
+                parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+    return model
 
 
 def requests_of_every_remainder(block_size: int, seed: int, num_samples: int = 1) -> list[Request]:
@@ -33,7 +44,7 @@ def requests_of_every_remainder(block_size: int, seed: int, num_samples: int = 1
 
 
 def sample(model: Pretrained, requests: list[Request], max_active: int = 64, **settings: Any) -> list[Rollout]:
-    """Rollouts of the block engine."""
+    """Rollouts of the family's engine."""
     facts = dict(mask_id=model.mask_id, stop_ids=STOP_IDS, forbidden_ids=tuple(model.forbidden_ids))
     return build_engine(model.decoder, model.family, max_active).generate(requests, SamplingSettings(**{**facts, **settings}))
 
@@ -44,10 +55,13 @@ def scored(rollouts: list[Rollout], seed: int = 0) -> list[ScoredRollout]:
     return [ScoredRollout(**vars(r), advantage=float(a)) for r, a in zip(rollouts, advantages, strict=True)]
 
 
-def rl_config(*overrides: str) -> Any:
-    """configs/rl_tiny.yaml with `section.key=value` overrides; plain SGD at a rate that moves every weight visibly."""
+def rl_config(*overrides: str, family: str = "sdar") -> Any:
+    """configs/rl_tiny.yaml with `section.key=value` overrides; plain SGD at a rate that moves every weight visibly. A canvas is
+    sampled without a cache, whose log-probs would not be the trainer's."""
     from configs.load import load_config
 
+    if family != "sdar":
+        overrides = (f"model.model_base={family}", "rollout.use_cache=false", *overrides)
     sgd = ["optimizer.name=sgd", "optimizer.params.learning_rate=0.5", "lr_scheduler.scheduler=constant"]
     paths = ["config=configs/rl_tiny.yaml", "experiment.project=unused", "training.max_grad_norm=null"]
     return load_config("rl", [*paths, *sgd, *overrides])
@@ -80,7 +94,8 @@ def kept_gradients() -> Iterator[list[dict[str, Tensor]]]:
 def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
     """Largest difference over all tensors, each in units of the largest entry of `theirs`."""
     assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - right).abs().max() / right.abs().max()) for name, right in theirs.items())
+    gaps = ((float((ours[name] - right).abs().max()), float(right.abs().max())) for name, right in theirs.items())
+    return max(gap / scale if scale else float(gap > 0) for gap, scale in gaps)
 
 
 def weights(model: Pretrained) -> dict[str, Tensor]:

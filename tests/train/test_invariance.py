@@ -11,7 +11,9 @@ import torch
 import train.loop
 from common import dist
 from common.records import ScoredRollout
+from models.lora import prepare_for_training
 from tests.train.steps import (
+    FULL_ATTENTION,
     error,
     forget_accelerator,
     kept_gradients,
@@ -30,6 +32,7 @@ from train.shared_value import SharedValueUpdate
 
 TOLERANCE = 1e-6  # of the tensor's largest entry, float32
 WHOLE = 100_000
+MAX_TOKENS = {"sdar": 14, **dict.fromkeys(FULL_ATTENTION, 12)}
 
 
 @pytest.fixture(scope="module")
@@ -46,10 +49,14 @@ def rollouts() -> list[ScoredRollout]:
     return scored(sample(tiny_model(7), requests, **settings))
 
 
-def run_update(accelerator: Any, rollouts: list[ScoredRollout], *overrides: str, budget: int = WHOLE) -> dict[str, Any]:
+def run_update(
+    accelerator: Any, rollouts: list[ScoredRollout], *overrides: str, budget: int = WHOLE, family: str = "sdar"
+) -> dict[str, Any]:
     """One RL update from the same weights."""
-    config = rl_config("rollout.max_token=14", "training.beta=0.1", f"training.max_tokens_per_microbatch={budget}", *overrides)
-    model = tiny_model(7)
+    settings = [f"rollout.max_token={MAX_TOKENS[family]}", "training.beta=0.1", f"training.max_tokens_per_microbatch={budget}"]
+    config = rl_config(*settings, *overrides, family=family)
+    model = tiny_model(7, family)
+    prepare_for_training(model, config.training.lora, "base", config.training.seed)
     trainer = policy_trainer(model, config, accelerator, 1.0)
     value = SharedValueUpdate(trainer, config) if config.model.value_shared else None
     update = PolicyUpdate(trainer, config, model.fill_id, value=value)
@@ -102,6 +109,41 @@ def test_every_method(accelerator, rollouts, method):
     for one in (parts, whole):
         one["metrics"].pop("train/num_tokens")  # prefixes are repeated, and counted
     check_same(parts, whole, tolerance=3e-6)  # a sum of up to 77 gradients in float32
+
+
+OF_A_CANVAS = {
+    "TraceRL": ["training.loss_weighting=reference"],
+    "random_masking": ["training.method=random_masking", "training.mask_times_per_sample=3", "training.loss_weighting=reference"],
+    "coupled": ["training.method=coupled", "training.mask_times_per_sample=2"],
+    "DiPO, drawn rows": ["training.method=DiPO", "training.max_rows_per_response=3"],
+    "value_shared": ["model.value_shared=true", "training.max_rows_per_response=4"],
+    "LoRA": ["training.lora.rank=2", "training.lora.target_modules=[all-linear]", "training.shrink=2"],
+}
+
+
+@pytest.fixture(scope="module")
+def canvases() -> dict[str, list[ScoredRollout]]:
+    settings = dict(block_size=4, max_tokens=12, strategy="low_confidence_dynamic", threshold=0.4, stop_early=True)
+    requests = requests_of_every_remainder(4, seed=8, num_samples=2)
+    rollouts = {family: scored(sample(tiny_model(7, family), requests, **settings)) for family in FULL_ATTENTION}
+    return {family: [replace(r, reward=r.advantage) for r in own] for family, own in rollouts.items()}
+
+
+@pytest.mark.parametrize("family, method", [(f, m) for f in FULL_ATTENTION for m in OF_A_CANVAS])
+def test_every_method_on_canvases(accelerator, canvases, family, method):
+    """In one micro-batch, in a few with documents split over them, in another order, and every slice in one of its own."""
+    rollouts, overrides = canvases[family], OF_A_CANVAS[method]
+    whole = run_update(accelerator, rollouts, *overrides, family=family)
+    assert whole["num_packs"] == 1
+    start = weights(tiny_model(7, family))
+    still = {name for name, value in whole["weights"].items() if name in start and torch.equal(start[name], value)}
+    assert bool(still) == (method == "LoRA"), f"{still} did not move"
+    packs = run_update(accelerator, rollouts[::-1], *overrides, budget=200, family=family)
+    assert 1 < packs["num_packs"] < 20
+    check_same(packs, whole)
+    slices = run_update(accelerator, rollouts, *overrides, budget=8, family=family)
+    assert slices["num_packs"] > 20 and slices["metrics"]["train/num_tokens"] == whole["metrics"]["train/num_tokens"]
+    check_same(slices, whole, tolerance=3e-6)  # a sum of up to 90 gradients in float32
 
 
 @pytest.fixture(scope="module")

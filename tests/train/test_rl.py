@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,7 @@ from common.records import ScoredRollout
 from models.attention import masked_attention
 from models.checkpoint import Pretrained
 from tests.train.steps import (
+    FULL_ATTENTION,
     error,
     forget_accelerator,
     kept_gradients,
@@ -29,7 +32,8 @@ from train.policy import policy_trainer
 from train.rl import PolicyUpdate, gather_tokens
 
 TOLERANCE = 1e-5
-BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TOKENS, MAX_TRAINED = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 11, 9
+BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TRAINED = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 9
+MAX_TOKENS = {"sdar": 11, **dict.fromkeys(FULL_ATTENTION, 12)}
 WEIGHTINGS = ("reference", "step", "response", "token", "constant")
 
 
@@ -52,11 +56,20 @@ def accelerator():
 
 
 @pytest.fixture(scope="module")
-def rollouts() -> list[ScoredRollout]:
+def rollouts_of():
+    return functools.cache(make_rollouts)
+
+
+@pytest.fixture(scope="module")
+def rollouts(rollouts_of) -> list[ScoredRollout]:
+    return rollouts_of("sdar")
+
+
+def make_rollouts(family: str) -> list[ScoredRollout]:
     """Nine responses, several tokens at a step, stops inside blocks; engine log-probs that differ a little from the trainer's."""
-    settings = dict(block_size=BLOCK_SIZE, max_tokens=MAX_TOKENS, temperature=TEMPERATURE)
+    settings = dict(block_size=BLOCK_SIZE, max_tokens=MAX_TOKENS[family], temperature=TEMPERATURE)
     requests = requests_of_every_remainder(BLOCK_SIZE, seed=5, num_samples=2)
-    out = scored(sample(tiny_model(3), requests, strategy="low_confidence_dynamic", threshold=0.3, **settings))[:9]
+    out = scored(sample(tiny_model(3, family), requests, strategy="low_confidence_dynamic", threshold=0.3, **settings))[:9]
     assert any(r.num_response > MAX_TRAINED for r in out) and any(r.finish == "stop" for r in out)
     for seed, rollout in enumerate(out):
         rollout.logprobs = noisy(rollout, seed + 1000, 0.2)
@@ -74,12 +87,18 @@ def num_trained(rollout: ScoredRollout) -> int:
     return min(rollout.num_response, MAX_TRAINED)
 
 
-def slices(rollout: ScoredRollout, shrink: int) -> list[tuple[int, int, list[int], list[int]]]:
+def cut(rollout: ScoredRollout) -> ScoredRollout:
+    """A canvas as far as it is trained."""
+    lists = {name: getattr(rollout, name)[:MAX_TRAINED] for name in ("response_ids", "step_map", "logprobs", "entropy")}
+    return replace(rollout, **lists, num_response=num_trained(rollout))
+
+
+def slices(rollout: ScoredRollout, shrink: int, size: int) -> list[tuple[int, int, list[int], list[int]]]:
     """(block start, k, masked positions, trained positions tau) for every block and every `shrink` of its distinct steps."""
     prompt, out = len(rollout.prompt_ids), []
     total = prompt + len(rollout.response_ids)
-    for start in range(prompt // BLOCK_SIZE * BLOCK_SIZE, total, BLOCK_SIZE):
-        step = {p: rollout.step_map[p - prompt] for p in range(max(start, prompt), start + BLOCK_SIZE)}
+    for start in range(prompt // size * size, total, size):
+        step = {p: rollout.step_map[p - prompt] for p in range(max(start, prompt), start + size)}
         distinct = sorted(set(step.values()))
         for k, first in enumerate(range(0, len(distinct), shrink)):
             joined = distinct[first : first + shrink]
@@ -99,7 +118,7 @@ def forward(
     seen[masked] = model.mask_id
     block = torch.arange(len(ids)) // block_size
     hidden = model.decoder(seen, torch.arange(len(ids)), masked_attention(block[:, None] >= block[None, :]))
-    logits = model.decoder.lm_head(hidden[tau]).double() / TEMPERATURE
+    logits = model.decoder.lm_head(hidden[[p - model.family.logit_shift for p in tau]]).double() / TEMPERATURE
     logits[:, model.forbidden_ids] = -math.inf
     return logits.log_softmax(-1).gather(1, ids[tau, None])[:, 0]
 
@@ -108,7 +127,10 @@ def loss_by_hand(
     model: Pretrained, reference: Pretrained | None, rollouts: list[ScoredRollout], old: list[list[float]], training: Any
 ) -> tuple[Tensor, dict[str, float]]:
     """(loss, what the log should say)."""
-    per_response = [slices(r, training.shrink) for r in rollouts]
+    is_canvas = model.family.attention == "full"
+    rollouts = [cut(r) if is_canvas else r for r in rollouts]
+    sizes = [len(r.prompt_ids + r.response_ids) if is_canvas else BLOCK_SIZE for r in rollouts]
+    per_response = [slices(r, training.shrink, size) for r, size in zip(rollouts, sizes, strict=True)]
     num_responses = len(rollouts)
     num_tokens = sum(num_trained(r) for r in rollouts)
     num_pairs = sum(len({k for _, k, _, _ in own}) for own in per_response)
@@ -117,15 +139,16 @@ def loss_by_hand(
     for n, (rollout, own) in enumerate(zip(rollouts, per_response, strict=True)):
         for start, _, masked, tau in own:
             weight = {
-                "reference": 1 / (longest * num_pairs),
+                "reference": 1 / ((len(tau) if is_canvas else longest) * num_pairs),
                 "step": 1 / (len(tau) * num_responses),
                 "response": 1 / (num_trained(rollout) * num_responses),
                 "token": 1 / num_tokens,
                 "constant": 1 / (num_responses * MAX_TRAINED),
             }[training.loss_weighting]
-            logprobs = forward(model, rollout, start, masked, tau)
+            kl_weight = 1 / num_pairs if is_canvas and training.loss_weighting == "reference" else weight
+            logprobs = forward(model, rollout, start, masked, tau, sizes[n])
             with torch.no_grad():
-                frozen = None if reference is None else forward(reference, rollout, start, masked, tau)
+                frozen = None if reference is None else forward(reference, rollout, start, masked, tau, sizes[n])
             for j, position in enumerate(tau):
                 offset, advantage, new = position - len(rollout.prompt_ids), rollout.advantage, logprobs[j]
                 ratio = (new - old[n][offset]).exp()
@@ -135,7 +158,7 @@ def loss_by_hand(
                     surrogate = surrogate * min(math.exp(old[n][offset] - rollout.logprobs[offset]), training.importance_cap)
                 d = new - (old[n][offset] if frozen is None else frozen[j])
                 kl = (-d).exp() - 1 + d if training.use_kl_estimator_k3 else d
-                loss = loss - weight * surrogate + BETA * weight * kl
+                loss = loss - weight * surrogate + BETA * kl_weight * kl
                 kls.append(kl.item())
                 clipped.append(bool(ratio * advantage > inside * advantage))
                 ratios.append(ratio.item())
@@ -144,11 +167,14 @@ def loss_by_hand(
     return loss, {**log, "train/ratio_max": max(ratios), "train/ratio_min": min(ratios)}
 
 
-CASES = [(w, shrink, n % 2 == 0, n % 3 == 0) for n, (shrink, w) in enumerate(itertools.product((1, 3), WEIGHTINGS))]
+CASES = [("sdar", w, shrink, n % 2 == 0, n % 3 == 0) for n, (shrink, w) in enumerate(itertools.product((1, 3), WEIGHTINGS))]
+CASES += [(f, w, 1 + 2 * (n % 2), n % 3 == 0, n % 4 == 0) for n, (f, w) in enumerate(itertools.product(FULL_ATTENTION, WEIGHTINGS))]
 
 
-@pytest.mark.parametrize("weighting, shrink, k3, to_reference", CASES)
-def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts, weighting, shrink, k3, to_reference):
+@pytest.mark.parametrize("family, weighting, shrink, k3, to_reference", CASES)
+def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts_of, family, weighting, shrink, k3, to_reference):
+    rollouts = rollouts_of(family)
+    has_cap = k3 and shrink == 1 and family == "sdar"  # a canvas that is cut has no log-probs of sampling
     config = rl_config(
         f"training.loss_weighting={weighting}",
         f"training.shrink={shrink}",
@@ -156,14 +182,15 @@ def test_loss_and_gradient_equal_one_forward_per_step(accelerator, rollouts, wei
         f"training.beta={BETA}",
         f"training.eps={EPS}",
         f"training.eps_high={EPS_HIGH}",
-        f"training.importance_cap={IMPORTANCE_CAP if k3 and shrink == 1 else 'null'}",
+        f"training.importance_cap={IMPORTANCE_CAP if has_cap else 'null'}",
         f"rollout.temperature={TEMPERATURE}",
-        f"rollout.max_token={MAX_TOKENS}",
+        f"rollout.max_token={MAX_TOKENS[family]}",
         f"training.max_gen_length={MAX_TRAINED}",
         "training.max_tokens_per_microbatch=150",
         "training.head_chunk=5",
+        family=family,
     )
-    model, reference = tiny_model(3), tiny_model(4) if to_reference else None
+    model, reference = tiny_model(3, family), tiny_model(4, family) if to_reference else None
     old = [noisy(r, seed, 0.3) for seed, r in enumerate(rollouts)]
     loss, log = loss_by_hand(model, reference, rollouts, old, config.training)
     names, parameters = zip(*model.decoder.named_parameters(), strict=True)

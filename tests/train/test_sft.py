@@ -15,13 +15,14 @@ from common.errors import UserError
 from data.sft import SFTRecord
 from models.attention import masked_attention
 from tests.train.steps import error, forget_accelerator, kept_gradients, tiny_model, weights
+from train.layout import Layout
 from train.loop import Tables
 from train.methods.semi_ar import semi_ar_slices
 from train.objectives import likelihood, token_weights
 from train.packing import number
 from train.policy import policy_trainer
 from train.sft_data import as_response, as_training, build_responses, fingerprint, warn_of_cuts, warn_of_end
-from train.traces import TRACES, Response
+from train.traces import Response
 from train.validation import Validation, build_documents
 
 
@@ -33,39 +34,43 @@ def sft_config(*overrides: str) -> Any:
     return load_config("sft", [*base, *sgd, *overrides])
 
 
+def layout_of(*overrides: str, attention: str = "block") -> Layout:
+    return Layout(attention, sft_config(*overrides).training)
+
+
 # ---- records -> responses
 
 
 def test_a_response_is_filled_up_to_the_end_of_its_block():
-    r = as_response([1, 2, 3], [4, 5, 6], [2, 1, 3], fill_id=9, block_size=4, max_response=10)
+    r = as_response([1, 2, 3], [4, 5, 6], [2, 1, 3], 9, layout_of())
     assert r.response_ids.tolist() == [4, 5, 6, 9, 9] and r.step_map.tolist() == [2, 1, 3, 4, 4]
     assert r.is_pad.tolist() == [False] * 3 + [True] * 2 and r.num_trained == 5
 
 
 def test_a_step_map_may_go_on_over_end_and_fill():
-    training = sft_config().training
+    layout = layout_of()
     record = SFTRecord("x", "p", "r", step_map=[2, 1])
-    end = as_training(record, [1, 2, 3], [4, 5, 6], 9, training)
+    end = as_training(record, [1, 2, 3], [4, 5, 6], 9, layout)
     assert end.step_map.tolist() == [2, 1, 3, 4, 4], "the end behind what was recorded, the fill behind the end"
-    whole = as_training(replace(record, step_map=[3, 2, 1, 1, 2]), [1, 2, 3], [4, 5, 6], 9, training)
+    whole = as_training(replace(record, step_map=[3, 2, 1, 1, 2]), [1, 2, 3], [4, 5, 6], 9, layout)
     assert whole.step_map.tolist() == [3, 2, 1, 1, 2]
     for steps in ([1], [1] * 6):
         with pytest.raises(UserError, match="record x: step_map has .* made with another tokenizer or training.block_size"):
-            as_training(replace(record, step_map=steps), [1, 2, 3], [4, 5, 6], 9, training)
+            as_training(replace(record, step_map=steps), [1, 2, 3], [4, 5, 6], 9, layout)
 
 
 def test_a_long_response_is_cut():
-    training = sft_config("training.max_gen_length=2").training
-    cut = as_training(SFTRecord("x", "p", "r", step_map=[3, 2, 1]), [1, 2, 3], [4, 5, 6], 9, training)
+    layout = layout_of("training.max_gen_length=2")
+    cut = as_training(SFTRecord("x", "p", "r", step_map=[3, 2, 1]), [1, 2, 3], [4, 5, 6], 9, layout)
     assert cut.response_ids.tolist() == [4, 5, 9, 9, 9] and cut.step_map.tolist() == [3, 2, 4, 4, 4]
     assert cut.num_trained == 2, "no stop token stands before the fill: it is not what follows"
-    whole = as_training(SFTRecord("x", "p", "r"), [1, 2, 3], [4, 5], 9, training)
+    whole = as_training(SFTRecord("x", "p", "r"), [1, 2, 3], [4, 5], 9, layout)
     assert whole.response_ids.tolist() == [4, 5, 9, 9, 9] and whole.num_trained == 5
 
 
 def test_a_rollout_keeps_what_stands_behind_its_stop():
     record = SFTRecord("x", "", "", [1, 2, 2, 1, 3], None, False, [1, 2, 3], [4, 5, 6, 7, 8], 2)
-    r = as_training(record, record.prompt_ids, record.response_ids, 9, sft_config("training.block_size=16").training)
+    r = as_training(record, record.prompt_ids, record.response_ids, 9, layout_of("training.block_size=16"))
     assert r.response_ids.tolist() == [4, 5, 6, 7, 8] + [9] * 8 and r.num_trained == 2 and r.is_pad is None
     assert r.step_map.tolist() == [1, 2, 2, 1, 3] + [0] * 8
 
@@ -176,15 +181,16 @@ def accelerator():
     forget_accelerator()
 
 
-LONG = ["training.mask_times_per_sample=2", "training.loss_weight_by_ratio=true", "training.complementary_mask=true"]
+PAIRS = ["training.mask_times_per_sample=2", "training.complementary_mask=true"]
+LONG = ["training.max_gen_length=1000", "training.loss_weight_by_ratio=true", *PAIRS]
 
 
-def long_responses(training: Any) -> list[Response]:
+def long_responses(layout: Layout) -> list[Response]:
     """One that is far longer than the small budgets below, and two short ones."""
     rng = np.random.default_rng(4)
     texts = [(7, 150), (3, 5), (10, 9)]
     return [
-        as_response(rng.integers(0, 25, p).tolist(), rng.integers(0, 25, n).tolist(), None, 25, training.block_size, 1000)
+        as_response(rng.integers(0, 25, p).tolist(), rng.integers(0, 25, n).tolist(), None, 25, layout)
         for p, n in texts
     ]
 
@@ -193,7 +199,7 @@ def one_step(accelerator: Any, budget: int, *overrides: str) -> dict[str, Any]:
     config = sft_config(f"training.max_tokens_per_microbatch={budget}", *overrides)
     model = tiny_model(7)
     trainer = policy_trainer(model, config, accelerator)
-    documents = build_documents(long_responses(config.training), TRACES.get("semi_ar"), config.training, [1])
+    documents = build_documents(long_responses(trainer.layout), trainer.layout, [1])
     predictions = number(documents)
     table = token_weights(predictions, "reference", 150, 1000)
     with kept_gradients() as steps:
@@ -242,12 +248,12 @@ def test_the_loss_is_that_of_one_forward_per_slice(whole):
 
 
 def test_the_budget_that_cuts_too_much_is_warned_of(capsys):
-    training = sft_config("training.max_tokens_per_microbatch=150").training
-    warn_of_cuts(long_responses(training), TRACES.get("semi_ar"), training)
+    layout = layout_of("training.max_tokens_per_microbatch=150", "training.max_gen_length=1000")
+    warn_of_cuts(long_responses(layout), layout)
     said = capsys.readouterr().err
     assert "training.max_tokens_per_microbatch=150: the longest document has" in said and len(said.splitlines()) == 1
-    training.max_tokens_per_microbatch = 400
-    warn_of_cuts(long_responses(training), TRACES.get("semi_ar"), training)
+    layout.training.max_tokens_per_microbatch = 400
+    warn_of_cuts(long_responses(layout), layout)
     assert not capsys.readouterr().err
 
 
@@ -258,13 +264,13 @@ def test_the_validation_loss_is_the_loss_of_an_update_on_it(accelerator):
     config = sft_config("training.max_tokens_per_microbatch=300", *LONG)
     model = tiny_model(7)
     trainer = policy_trainer(model, config, accelerator)
-    responses = long_responses(config.training)
-    validation = Validation(responses, TRACES.get("semi_ar"), config.training)
+    responses = long_responses(trainer.layout)
+    validation = Validation(responses, trainer.layout)
     before = weights(model)
     first = validation(trainer)
     assert first == validation(trainer), "the masks are the same every time"
     assert all(torch.equal(before[name], w) for name, w in weights(model).items())
-    documents = build_documents(responses, TRACES.get("semi_ar"), config.training, [0, 1])
+    documents = build_documents(responses, trainer.layout, [0, 1])
     longest = max(len(r.response_ids) for r in responses)
     table = token_weights(number(documents), "reference", longest, config.training.max_gen_length)
     result = trainer.step(documents, Tables(np.zeros(len(table)), table, np.zeros(len(table))), likelihood, 0.0)
@@ -275,19 +281,20 @@ def test_the_validation_loss_is_the_loss_of_an_update_on_it(accelerator):
 
 
 def test_other_seeds_have_other_masks():
-    first, second = (sft_config(f"training.seed={seed}").training for seed in (1, 2))
+    first, second = (layout_of(f"training.seed={seed}", "training.max_gen_length=1000") for seed in (1, 2))
     hidden = [
-        np.concatenate([d.trace.hidden.ravel() for d in Validation(long_responses(t), TRACES.get("semi_ar"), t).documents])
-        for t in (first, first, second)
+        np.concatenate([d.trace.hidden.ravel() for d in Validation(long_responses(layout), layout).documents])
+        for layout in (first, first, second)
     ]
     assert np.array_equal(hidden[0], hidden[1]) and not np.array_equal(hidden[0], hidden[2])
 
 
 def test_a_fingerprint_is_of_tokens_and_steps():
-    one, other = ([as_response([1, 2, 3], [4, n], [1, 2], 9, 4, 10)] for n in (5, 6))
-    steps = [as_response([1, 2, 3], [4, 5], [2, 1], 9, 4, 10)]
+    layout = layout_of()
+    one, other = ([as_response([1, 2, 3], [4, n], [1, 2], 9, layout)] for n in (5, 6))
+    steps = [as_response([1, 2, 3], [4, 5], [2, 1], 9, layout)]
     assert len({fingerprint(one), fingerprint(other), fingerprint(steps), fingerprint(one + other)}) == 4
-    assert fingerprint(one) == fingerprint([as_response([1, 2, 3], [4, 5], [1, 2], 9, 4, 10)])
+    assert fingerprint(one) == fingerprint([as_response([1, 2, 3], [4, 5], [1, 2], 9, layout)])
 
 
 def test_both_kinds_of_validation_data_contradict_each_other(tmp_path: Path):

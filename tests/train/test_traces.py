@@ -16,7 +16,8 @@ from train.traces import Response, dense_rank, limit_pads
 
 def training(**changes):
     masks = {"lower_p": 0.1, "upper_p": 0.9, "mask_times_per_sample": 1, "mask_ratio": "per_block"}
-    return SimpleNamespace(**{"shrink": 1, "post_num": None, **masks, **changes})
+    pairs = {"complementary_mask": False, "loss_weight_by_ratio": False}
+    return SimpleNamespace(**{"shrink": 1, "post_num": None, **masks, **pairs, **changes})
 
 
 def response(prompt_length, step_map, num_trained=None, is_pad=None):

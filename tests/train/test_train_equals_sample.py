@@ -15,12 +15,21 @@ from common import dist
 from common.records import Rollout
 from models.checkpoint import Pretrained
 from sample.registry import TARGETS, UNMASKING
-from tests.train.steps import STOP_IDS, forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from tests.train.steps import (
+    FULL_ATTENTION,
+    STOP_IDS,
+    forget_accelerator,
+    requests_of_every_remainder,
+    rl_config,
+    sample,
+    scored,
+    tiny_model,
+)
 from tests.train.test_rl import TEMPERATURE, forward
-from train.packing import build_document, build_pack, number
+from train.layout import Layout
+from train.packing import build_pack, number
 from train.policy import Policy, policy_trainer
 from train.rl import PolicyUpdate, gather_tokens
-from train.traces import TRACES, sampled_response
 
 TOLERANCE = 1e-4  # what is promised, nats; what float32 gives is about 1e-6
 ALL = 1000  # longer than any response here
@@ -45,11 +54,10 @@ SAMPLING: list[dict[str, Any]] = [
 
 def trained(model: Pretrained, rollouts: list[Rollout], temperature: float, max_response: int = ALL):
     """(predictions, log-probs, entropies) of the trainer, by the way that an update goes."""
-    documents = []
-    for index, rollout in enumerate(rollouts):
-        response = sampled_response(rollout, max_response, rollout.block_size, model.fill_id)
-        trace = TRACES.get("trace")(response, rollout.block_size, SimpleNamespace(shrink=1, post_num=None), None)
-        documents.append(build_document(index, response, trace, rollout.block_size))
+    size = rollouts[0].block_size
+    training = SimpleNamespace(method="TraceRL", block_size=size, max_gen_length=max_response, shrink=1, post_num=None)
+    layout = Layout(model.family.attention, training)
+    documents = [layout.document(index, layout.sampled(r, model.fill_id), None) for index, r in enumerate(rollouts)]
     predictions = number(documents)
     pack = build_pack(documents, model.mask_id, logit_shift=model.family.logit_shift)
     assert torch.equal(pack.prediction, torch.arange(len(predictions)))
@@ -116,6 +124,68 @@ def test_every_strategy_and_target(block_size, models, record_property):
     assert block_size == 1 or stops_inside and prompt_inside and len(steps_seen) > 1
 
 
+CANVASES: list[dict[str, Any]] = [
+    {"temperature": 1.0},
+    {"temperature": 0.7, "top_k": 5, "steps": 5},
+    {"temperature": 0.0, "stop_early": True},
+    {"temperature": 1.3, "top_p": 0.8, "confidence": "filtered", "alg_temp": 0.3},
+    {"temperature": 0.5, "top_k": 12, "top_p": 0.9, "stop_early": True, "steps": 3},
+]
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_every_strategy_and_target_on_a_canvas(family, record_property):
+    """As above, where nothing is cached: blocks as long as the canvas and shorter, the last one not whole, masks that stay."""
+    model, largest, finishes, behind, several = tiny_model(5, family), (0.0, 0.0), set(), 0, 0
+    for case, (strategy, target) in enumerate(itertools.product(UNMASKING, TARGETS)):
+        settings = {
+            "strategy": strategy,
+            "target": target,
+            "block_size": (4, 5, 16)[case % 3],
+            "max_tokens": 12 + case % 2,
+            "threshold": 0.3,
+            "entropy_bound": 2.5,
+            "seed": case,
+            "stop_ids": (1, 3, 5, 9, 17, 20),
+            "pad_id": model.fill_id,
+            **CANVASES[case % len(CANVASES)],
+        }
+        rollouts = sample(model, requests_of_every_remainder(3, seed=case), max_active=3, **settings)
+        found = gaps(model, rollouts, settings["temperature"])
+        assert max(found) < TOLERANCE, f"{settings}: log-prob {found[0]:.1e}, entropy {found[1]:.1e}"
+        largest = tuple(map(max, largest, found))
+        finishes |= {r.finish for r in rollouts}
+        behind += sum(0 in r.step_map for r in rollouts)
+        several += sum(len(set(r.step_map)) < len(r.step_map) for r in rollouts)
+    print(f"{family}: largest difference of log-probs {largest[0]:.1e}, of entropies {largest[1]:.1e}")
+    record_property("largest_gap", largest)
+    assert finishes == {"stop", "length"} and behind and several
+
+
+@pytest.mark.parametrize("family", FULL_ATTENTION)
+def test_the_gap_of_each_cache_is_measured(family, record_property):
+    """Stored keys are older than the tokens around them: `gap/*` of the update say by how much log-probs differ for it."""
+    model, settings = tiny_model(5, family), dict(block_size=4, max_tokens=12, temperature=TEMPERATURE)
+    caches = {"none": {}, "prefix": {}, "horizon": {"cache": "prefix", "further_horizon": 4}, "dual": {}}
+    found = {}
+    for name, cache in caches.items():
+        rollouts = scored(sample(model, requests_of_every_remainder(3, seed=1), **{"cache": name, **settings, **cache}))
+        config = rl_config("rollout.max_token=12", f"rollout.temperature={TEMPERATURE}", family=family)
+        forget_accelerator()
+        update = PolicyUpdate(policy_trainer(model, config, dist.make_accelerator(config), TEMPERATURE), config, model.fill_id)
+        predictions, logprobs, _ = trained(model, rollouts, TEMPERATURE)
+        expected = np.abs(logprobs - gather_tokens([r.logprobs for r in rollouts], predictions))
+        config.optimizer.params.policy_learning_rate = update.trainer.peak_rate = 0.0
+        metrics = update(rollouts, step=1)
+        forget_accelerator()
+        found[name] = metrics["gap/logprob_mean"]
+        assert found[name] == pytest.approx(expected.mean(), abs=1e-5)
+        assert metrics["gap/logprob_max"] == pytest.approx(expected.max(), abs=1e-5)
+    print(f"{family}: mean difference of log-probs, nats: {', '.join(f'{name} {gap:.1e}' for name, gap in found.items())}")
+    record_property("gaps", found)
+    assert found["none"] < TOLERANCE and min(found[name] for name in ("prefix", "horizon", "dual")) > 10 * TOLERANCE
+
+
 @pytest.mark.parametrize("max_response", [1, 5, 9])
 def test_a_response_that_is_cut_for_training(models, max_response):
     """`training.max_gen_length` below what was sampled: the first tokens are trained, the slices show what the engine saw."""
@@ -136,6 +206,11 @@ def test_tokens_behind_the_stop_are_seen_and_not_trained(models):
     assert gaps(model, blind, 1.0)[0] > 100 * TOLERANCE
 
 
+CANVAS_SLICES = {
+    "random_masking": ["training.method=random_masking", "training.mask_times_per_sample=2"],
+    "coupled": ["training.method=coupled", "training.mask_ratio=per_token"],
+    "TraceRL, cut": ["training.max_gen_length=7", "training.shrink=2"],
+}
 SLICES = {
     "random_masking": ["training.method=random_masking", "training.mask_times_per_sample=2"],
     "coupled": ["training.method=coupled", "training.mask_ratio=per_token"],
@@ -145,12 +220,15 @@ SLICES = {
 }
 
 
-@pytest.mark.parametrize("method", SLICES)
-def test_the_slices_of_every_method(models, method):
+@pytest.mark.parametrize(
+    "family, method", [("sdar", m) for m in SLICES] + [(f, m) for f in FULL_ATTENTION for m in CANVAS_SLICES]
+)
+def test_the_slices_of_every_method(models, family, method):
     """Also where sampling never saw them: the trainer's log-probs are those of a forward over clean text and the masked block."""
-    config = rl_config(f"rollout.temperature={TEMPERATURE}", *SLICES[method])
-    size, model = config.training.block_size, models(4, 0)
-    settings = dict(block_size=4, max_tokens=11, temperature=TEMPERATURE, strategy="low_confidence_dynamic", threshold=0.3)
+    overrides = SLICES[method] if family == "sdar" else CANVAS_SLICES[method]
+    config = rl_config("rollout.max_token=12", f"rollout.temperature={TEMPERATURE}", *overrides, family=family)
+    model = models(4, 0) if family == "sdar" else tiny_model(5, family)
+    settings = dict(block_size=4, max_tokens=12, temperature=TEMPERATURE, strategy="low_confidence_dynamic", threshold=0.3)
     rollouts = scored(sample(model, requests_of_every_remainder(4, seed=6), **settings))
     forget_accelerator()
     update = PolicyUpdate(policy_trainer(model, config, dist.make_accelerator(config), TEMPERATURE), config, model.fill_id)
@@ -163,8 +241,10 @@ def test_the_slices_of_every_method(models, method):
         ids = document.ids.tolist()  # with what fills the last block
         no_matter = [0] * (len(ids) - document.prompt_length)
         response_ids = ids[document.prompt_length :]
-        whole = replace(rollout, response_ids=response_ids, step_map=no_matter, logprobs=no_matter, entropy=no_matter)
+        lists = dict(step_map=no_matter, logprobs=no_matter, entropy=no_matter)
+        whole = replace(rollout, response_ids=response_ids, num_response=0, **lists)
         expected = []
+        size = document.block_size
         for block, hidden, predicted in zip(trace.block * size, trace.hidden, trace.predicted, strict=True):
             masked, tau = (block + np.flatnonzero(which) for which in (hidden, predicted))
             with torch.no_grad():

@@ -9,6 +9,7 @@ import torch
 from common import dist
 from models.value import load_value_model, save_value_model
 from tests.train.steps import forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from train.layout import Layout
 from train.packing import Predictions, number
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
@@ -51,14 +52,14 @@ def rollouts():
 def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
     from train.traces import sampled_response
 
-    training = rl_config("training.gam=1.0", "training.lam=1.0").training
+    layout = Layout("block", rl_config("training.gam=1.0", "training.lam=1.0").training)
     rollout = rollouts[0]
     n = rollout.num_response
     rollout = type(rollout)(**{**vars(rollout), "token_rewards": [0.25] * len(rollout.response_ids), "outcome": 3.0})
     response = sampled_response(rollout, 100, 4, 0)
     starts = np.array([0, len(response.response_ids)])
     returns, advantages = token_returns(
-        [rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, training
+        [rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, layout
     )
     # Static unmasking reveals one token a step: the return of step t of n is 0.25 (n - t) + 3, the last token's own included.
     order = np.argsort(np.argsort(rollout.step_map[:n]))

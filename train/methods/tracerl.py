@@ -15,8 +15,8 @@ from train.traces import NEVER, TRACES, Response, Trace, dense_rank, lay_out, li
 def trace_slices(response: Response, block_size: int, training: Any, generator: np.random.Generator) -> Trace:
     """TraceRL (arXiv 2509.06949): along the steps in which the response was unmasked.
 
-    Within a block the distinct steps are sorted and joined `training.shrink` at a time. The slice of (block, k) hides every
-    token of rank >= k and predicts those of rank k: what the model saw, and what it chose, at that step.
+    Within a block (full attention: the response) the distinct steps are sorted and joined `training.shrink` at a time. The slice of
+    (block, k) hides every token of rank >= k and predicts those of rank k: what the model saw, and what it chose, at that step.
     """
     if response.step_map is None:
         raise UserError("training.method: it needs a step map and the data has none: sample one, or choose semi-ar")

@@ -1,0 +1,372 @@
+"""Tokens per second of the sampler, beside what the machine allows and beside the plain torch engine.
+
+    python -m benchmarks.rollout --shape sdar-4b --active 1,16,64,128,256 --reveal 1,2 --out benchmarks/baselines/rollout.json
+    python -m benchmarks.rollout --shape sdar-8b --active 128 --reveal 1 --profile
+    python -m benchmarks.rollout --shape sdar-4b --active 128 --reveal 2 --realistic
+    python -m benchmarks.rollout --shape sdar-8b --startup
+    python -m benchmarks.rollout --shape llada-8b --active 1,32 --caches none,prefix,horizon32,horizon64,dual
+    python -m benchmarks.rollout --shape tiny --device cpu --active 2 --context 40 --steps 4
+
+Random weights of the published shape, made on the device; they never say a stop token, so lengths are what is asked for.
+
+- Steady state (the default): `--active` sequences in flight in every forward, all near `--context` tokens, `--reveal` tokens a
+  forward and sequence; nobody comes or goes. The clock runs over `--steps` forwards behind a warm-up. The sequences stand at
+  different places of their blocks, so that finished blocks come evenly.
+- `--realistic`: behind the steady run, 64 prompts of 50 to 400 tokens, 16 responses each, of lognormal lengths up to 2,000. The
+  rate is that from the start, prefill included, until a tenth of the responses is left.
+- `--startup`: seconds from the start of a process to its first tokens, with an empty cache of compiled kernels and with a full one.
+- Full attention (canvases): 256 new tokens in blocks of 32 behind a prompt of 200, with every cache (benchmarks/canvas_rollout.py).
+
+The limit is benchmarks/limits.py's, at ceilings that are measured first. The split of a forward comes from a profile of the steps
+behind the clock's; gaps are the clock's time without the time in which kernels run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any, Iterator
+
+import numpy as np
+import torch
+
+from benchmarks.canvas_rollout import run_canvas
+from benchmarks.kernel_times import StepProfiler, summarize
+from benchmarks.limits import Ceilings, block_work, measure_ceilings
+from benchmarks.shapes import SHAPES, family_of, mask_id_of, random_decoder
+from models.decoder import Decoder
+from sample.engine import Engine, Request, SamplingSettings, build_engine
+
+WARM_UP = 16
+"""Steps before the clock runs."""
+BLOCK_SIZE = 4
+NUM_PROMPTS, NUM_SAMPLES, LONGEST = 64, 16, 2000
+"""Of the realistic run."""
+
+
+# ----------------------------------------------------------------------------------------------------------- what is sampled
+
+
+def settings_of(shape: str, max_tokens: int, reveal: int) -> SamplingSettings:
+    """Static decoding of `reveal` tokens a forward, at temperature 1, without stop tokens."""
+    mask_id = mask_id_of(shape)
+    forbidden = tuple(range(mask_id, SHAPES[shape].vocab_size))  # the mask, and ids beyond the tokenizer
+    return SamplingSettings(
+        max_tokens=max_tokens,
+        mask_id=mask_id,
+        forbidden_ids=forbidden,
+        block_size=BLOCK_SIZE,
+        steps_per_block=-(-BLOCK_SIZE // reveal),
+    )
+
+
+def steady_requests(shape: str, active: int, prompt: int) -> list[Request]:
+    """Prompts of `prompt` tokens and up to a block more: their first blocks have every number of masked tokens."""
+    rng = np.random.default_rng(active)
+    lengths = [prompt + n % BLOCK_SIZE for n in range(active)]
+    return [Request(f"task {n}", rng.integers(0, mask_id_of(shape), length).tolist()) for n, length in enumerate(lengths)]
+
+
+def realistic_requests(shape: str, seed: int = 0, shrink: int = 1) -> list[Request]:
+    """64 prompts x 16 responses, the lengths of the responses lognormal around 400 (sigma 0.9), cut at 2,000; all over `shrink`."""
+    rng = np.random.default_rng(seed)
+    requests = []
+    for n in range(NUM_PROMPTS):
+        prompt = rng.integers(0, mask_id_of(shape), max(1, rng.integers(50, 401) // shrink)).tolist()
+        lengths = np.clip(rng.lognormal(np.log(400), 0.9, NUM_SAMPLES), 16, LONGEST).astype(int) // shrink
+        requests.append(Request(f"task {n}", prompt, NUM_SAMPLES, tuple(max(1, int(length)) for length in lengths)))
+    return requests
+
+
+# -------------------------------------------------------------------------------------------------------------- measurements
+
+
+class Clock:
+    """A `progress` hook that keeps the time and the counts of every step, and profiles steps `profiled`."""
+
+    def __init__(self, profiled: range = range(0), device: torch.device | None = None) -> None:
+        self.started = time.perf_counter()
+        self.times: list[float] = []
+        self.counts: list[tuple[int, int, int]] = []  # finished sequences, tokens, forwards of all sequences
+        self.profiled, self.device = profiled, device
+        self.profiler = StepProfiler() if len(profiled) else None
+        self.used_bytes = 0
+
+    def __call__(self, finished: int, tokens: int, forwards: int) -> None:
+        self.times.append(time.perf_counter())
+        self.counts.append((finished, tokens, forwards))
+        if self.profiler is not None:
+            if len(self.times) == self.profiled.start:
+                self.profiler.start()
+            elif len(self.times) == self.profiled.stop:
+                self.profiler.stop()
+        if self.device is not None and self.device.type == "cuda" and len(self.times) % 64 == 1:
+            free, total = torch.cuda.mem_get_info(self.device)  # the paged cache is not torch's own memory
+            self.used_bytes = max(self.used_bytes, total - free)
+
+    def between(self, first: int, last: int) -> dict[str, float]:
+        """Rates over the steps behind step `first` (from 1) up to step `last`."""
+        seconds = self.times[last - 1] - self.times[first - 1]
+        _, tokens, forwards = np.subtract(self.counts[last - 1], self.counts[first - 1])
+        return {
+            "steps": last - first,
+            "seconds": seconds,
+            "tokens_per_second": float(tokens / seconds),
+            "tokens_per_forward": float(tokens / max(1, forwards)),
+            "ms_per_forward": 1e3 * seconds / (last - first),
+            "mean_active": float(forwards / (last - first)),
+        }
+
+
+def measure_steady(
+    engine: Engine, shape: str, active: int, context: int, reveal: int, steps: int, profiled_steps: int, warm: bool
+) -> dict[str, Any]:
+    """Rates of `engine` over `steps` full steps around `context`, and where the time of `profiled_steps` behind them went.
+
+    warm: run it all once before, for what is compiled and captured on the way.
+    """
+    last = WARM_UP + steps
+    # A margin behind the measured steps: what the engine reports may be a step late, and the first blocks are shorter.
+    settings = settings_of(shape, (last + profiled_steps + 2 * BLOCK_SIZE) * reveal, reveal)
+    prompt = context - (WARM_UP + steps // 2) * reveal
+    if prompt < 1:
+        raise SystemExit(f"--context {context}: {steps} steps of {reveal} tokens need a longer one, or fewer --steps")
+    requests = steady_requests(shape, active, prompt)
+    if warm:
+        engine.generate(requests, settings)
+    clock = Clock(range(last, last + profiled_steps), engine.decoder.device)
+    engine.generate(requests, settings, progress=clock)
+    assert clock.counts[last + profiled_steps - 1][0] == 0, "a sequence was done before the measurement was"
+    result: dict[str, Any] = clock.between(WARM_UP, last)
+    result["statistics"] = numbers(engine.statistics)
+    if profiled_steps:
+        result["device_gib"] = clock.used_bytes / 2**30
+        split = summarize(clock.profiler.events(), profiled_steps)
+        split["gaps_ms"] = max(0.0, result["ms_per_forward"] - split["busy_ms"])
+        split["gaps_share"] = split["gaps_ms"] / result["ms_per_forward"]
+        result["split"] = split
+    return result
+
+
+def measure_realistic(engine: Engine, shape: str, reveal: int, shrink: int, warm: bool) -> dict[str, Any]:
+    """Rates of the realistic run: from its start until a tenth of the responses is left, and of the whole."""
+    requests = realistic_requests(shape, shrink=shrink)
+    settings = settings_of(shape, LONGEST, reveal)
+    num_sequences = NUM_PROMPTS * NUM_SAMPLES
+    if warm:
+        engine.generate(realistic_requests(shape, shrink=16 * shrink), settings)
+    clock = Clock(device=engine.decoder.device)
+    engine.generate(requests, settings, progress=clock)
+    until = next(n for n, (finished, *_) in enumerate(clock.counts) if finished >= 0.9 * num_sequences)
+    seconds, (_, tokens, forwards) = clock.times[until] - clock.started, clock.counts[until]
+    lengths = [length for request in requests for length in request.max_tokens]
+    return {
+        "mean_response": float(np.mean(lengths)),
+        "longest_response": max(lengths),
+        "mean_prompt": float(np.mean([len(request.prompt_ids) for request in requests])),
+        "tokens_per_second": tokens / seconds,
+        "seconds": seconds,
+        "mean_active": forwards / (until + 1),
+        "whole_tokens_per_second": clock.counts[-1][1] / (clock.times[-1] - clock.started),
+        "whole_seconds": clock.times[-1] - clock.started,
+        "device_gib": clock.used_bytes / 2**30,
+        "statistics": numbers(engine.statistics),
+    }
+
+
+def numbers(statistics: Any) -> dict[str, float]:
+    return {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
+
+
+# -------------------------------------------------------------------------------------------------------------- the runs
+
+
+def run_block(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
+    """Results of a block model: per setting the chosen engine, then the eager one."""
+    family, device, itemsize = family_of(arguments.shape), decoder.device, decoder.dtype.itemsize
+    for kind in dict.fromkeys([arguments.engine, "torch"]):
+        eager = kind == "torch" and arguments.engine != "torch"
+        steps = arguments.eager_steps if eager else arguments.steps
+        if not steps:
+            continue
+        for active in arguments.active:
+            engine = build_engine(decoder, family, active, kind)
+            for reveal in arguments.reveal:
+                profiled = 0 if device.type != "cuda" else min(8, steps) if eager else 200 if arguments.profile else 50
+                steady = measure_steady(
+                    engine, arguments.shape, active, arguments.context, reveal, steps, profiled, warm=kind != "torch"
+                )
+                work = block_work(decoder.config, active, arguments.context, reveal, BLOCK_SIZE, itemsize)
+                result = {
+                    "run": "steady",
+                    "shape": arguments.shape,
+                    "engine": kind,
+                    "active": active,
+                    "context": arguments.context,
+                    "reveal": reveal,
+                    **steady,
+                    "limit_tokens_per_second": work.tokens_per_second(ceilings),
+                    "share_of_limit": steady["tokens_per_second"] / work.tokens_per_second(ceilings),
+                }
+                if not arguments.profile and "split" in result:
+                    del result["split"]["longest_kernels"]
+                yield result
+                if arguments.realistic and not eager:
+                    shown = measure_realistic(engine, arguments.shape, reveal, arguments.shrink, warm=kind != "torch")
+                    shown["share_of_steady"] = shown["tokens_per_second"] / steady["tokens_per_second"]
+                    yield {
+                        "run": "realistic",
+                        "shape": arguments.shape,
+                        "engine": kind,
+                        "active": active,
+                        "reveal": reveal,
+                        **shown,
+                    }
+            engine.release()
+            del engine
+            gc.collect()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()
+
+
+def first_token(arguments: Any) -> None:
+    """In a process of its own: build everything, and say when the first tokens are there."""
+    decoder = random_decoder(arguments.shape, arguments.layers, arguments.dtype, arguments.device)
+    seconds = {"weights": time.time()}
+    engine = build_engine(decoder, family_of(arguments.shape), arguments.active[0], arguments.engine)
+
+    class Done(Exception):
+        pass
+
+    def stop(finished: int, tokens: int, forwards: int) -> None:
+        if tokens:
+            seconds["first_token"] = time.time()
+            raise Done
+
+    prompt = max(1, min(arguments.context, 200))
+    try:
+        engine.generate(
+            steady_requests(arguments.shape, arguments.active[0], prompt), settings_of(arguments.shape, 64, 1), progress=stop
+        )
+    except Done:
+        pass
+    print(json.dumps(seconds), flush=True)
+
+
+def run_startup(arguments: Any, argv: list[str]) -> Iterator[dict[str, Any]]:
+    """Seconds from a process's start to its first tokens: nothing compiled, then with what that run has left."""
+    with tempfile.TemporaryDirectory(prefix="unmask-kernels-") as folder:
+        for cache in ("cold", "warm"):
+            environment = {**os.environ, "TRITON_CACHE_DIR": f"{folder}/triton", "TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor"}
+            started = time.time()
+            command = [sys.executable, "-m", "benchmarks.rollout", *argv, "--first-token"]
+            answer = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if answer.returncode:
+                raise SystemExit(answer.stderr)
+            seconds = json.loads(answer.stdout.splitlines()[-1])
+            yield {
+                "run": "startup",
+                "shape": arguments.shape,
+                "engine": arguments.engine,
+                "active": arguments.active[0],
+                "kernel_cache": cache,
+                "seconds_to_weights": seconds["weights"] - started,
+                "seconds_to_first_token": seconds["first_token"] - started,
+            }
+
+
+# ---------------------------------------------------------------------------------------------------------- the command line
+
+
+def line(result: dict[str, Any]) -> str:
+    """A result in one line."""
+    words = [result["run"], result["shape"], result["engine"], f"{result['active']} active"]
+    words += [f"reveal {result['reveal']}"] if "reveal" in result else []
+    words += [str(result[key]) for key in ("cache", "kernel_cache") if key in result]
+    if "tokens_per_second" in result:
+        words.append(f"{result['tokens_per_second']:,.0f} tokens/s")
+    if "ms_per_forward" in result:
+        words += [f"{result['tokens_per_forward']:.2f} tokens/forward", f"{result['ms_per_forward']:.2f} ms"]
+    for key, text in [("share_of_limit", "of the limit"), ("share_of_steady", "of the steady rate")]:
+        words += [f"{result[key]:.1%} {text}"] if key in result else []
+    if "split" in result:
+        split = result["split"]
+        words.append(
+            ", ".join(f"{group} {ms:.2f}" for group, ms in split["groups_ms"].items()) + f", gaps {split['gaps_ms']:.2f} ms"
+        )
+        waits = sum(split["waits_per_step"].values())
+        words.append(f"{split['device_to_host_copies_per_step']:.2f} copies to the host and {waits:.2f} waits a step")
+    if "device_gib" in result:
+        words.append(f"{result['device_gib']:.1f} GiB")
+    for key in ("seconds_to_weights", "seconds_to_first_token"):
+        words += [f"{result[key]:.1f} {key.replace('_', ' ')}"] if key in result else []
+    return " | ".join(words)
+
+
+def parse(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rollout", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    integers = lambda text: [int(part) for part in text.split(",")]  # noqa: E731
+    parser.add_argument("--shape", default="sdar-4b", choices=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="of the shape's (all)")
+    parser.add_argument("--active", type=integers, help="sequences in flight, several by commas (128; full attention 1,32)")
+    parser.add_argument("--context", type=int, default=1000, help="tokens that a sequence sees, on average")
+    parser.add_argument("--reveal", type=integers, default=[1], help="tokens a forward, several by commas")
+    parser.add_argument("--steps", type=int, default=200, help="forwards that are timed")
+    parser.add_argument("--eager-steps", type=int, default=16, help="of the torch engine beside another; 0: leave it out")
+    parser.add_argument("--engine", choices=["triton", "torch"], help="triton on a GPU, else torch")
+    parser.add_argument("--realistic", action="store_true")
+    parser.add_argument("--shrink", type=int, default=1, help="divides the lengths of the realistic run and of canvases")
+    parser.add_argument("--caches", type=lambda text: text.split(","), default=["none", "prefix", "horizon32", "horizon64", "dual"])
+    parser.add_argument("--profile", action="store_true", help="profile 200 steps, and list the longest kernels")
+    parser.add_argument("--startup", action="store_true")
+    parser.add_argument("--first-token", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    arguments = parser.parse_args(argv)
+    arguments.engine = arguments.engine or ("triton" if arguments.device.type == "cuda" else "torch")
+    arguments.active = arguments.active or ([128] if family_of(arguments.shape).attention == "block" else [1, 32])
+    arguments.dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32
+    return arguments
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    arguments = parse(argv)
+    if arguments.first_token:
+        first_token(arguments)
+        return
+    report: dict[str, Any] = {"machine": machine(arguments.device), "results": []}
+    if arguments.startup:
+        results = run_startup(arguments, argv)
+    else:
+        ceilings = measure_ceilings(arguments.device, arguments.dtype)
+        report["ceilings"] = dataclasses.asdict(ceilings)
+        print(f"ceilings: {ceilings.bandwidth / 1e12:.2f} TB/s, {ceilings.flops / 1e12:.0f} TFLOP/s", flush=True)
+        decoder = random_decoder(arguments.shape, arguments.layers, arguments.dtype, arguments.device)
+        run = run_block if family_of(arguments.shape).attention == "block" else run_canvas
+        results = run(arguments, decoder, ceilings)
+    for result in results:
+        report["results"].append(result)
+        print(line(result), flush=True)
+        if arguments.out is not None:  # after each: a run that is cut short leaves what it has
+            arguments.out.parent.mkdir(parents=True, exist_ok=True)
+            arguments.out.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def machine(device: torch.device) -> dict[str, str]:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return {"device": name, "torch": torch.__version__}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,538 @@
+"""What the launchers of a job's machines say to each other: that they are ready, that they live, and how they ended.
+
+Training traffic goes through torch's, accelerate's and DeepSpeed's collectives alone. Those notice a dead machine or a broken
+network late (NCCL and gloo wait for hours, as they must: a rank may be waiting for the longest answer), and never say which
+machine it was. So the launchers, one per machine, hold a TCP connection each to that of machine 0, over which a few short lines of
+JSON go: a beat per second, Ctrl-C, the first cause of an end. Whoever hears nothing for `system.silence_timeout_seconds` ends its
+own processes. Nothing else is sent, and no command: every machine runs the command line that it was started with.
+
+    machine i                                machine 0
+    hello {report}            ->             compares the reports of all
+                              <-             go {port, environment, ...}   or   leave {code, line}
+    beat                      <->            beat
+    failed                    ->             stop                          -> everybody ends its processes
+    ended {code, failure}     ->             (all have ended) leave {code, line}
+
+There are no threads: the launcher's loop calls `tick`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import time
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any, Callable
+
+from common.errors import UserError, warn
+from common.nodes import Place
+
+if TYPE_CHECKING:
+    from common.nodes_remote import Remote
+
+BEAT_SECONDS = 1.0
+CONNECT_SECONDS = 600.0
+"""How long another machine tries to reach machine 0."""
+INTERRUPT, KILL, TERMINATE, STOP, HURRY = "interrupt", "kill", "terminate", "stop", "hurry"
+"""What machines are told to do with their processes: a first Ctrl-C, a second one, SIGTERM, another one has failed, others have
+ended after Ctrl-C."""
+
+
+class Left(Exception):
+    """The job is over for this machine before its processes were started: exit `code`, with `line` on the terminal."""
+
+    def __init__(self, code: int, line: str | None) -> None:
+        super().__init__(line)
+        self.code, self.line = code, line
+
+
+@dataclass
+class Failure:
+    """Why a machine ends."""
+
+    order: int
+    """Which of several is the cause: a lost machine (0), a killed process (1), what a process said or how it ended (2)."""
+    age: float
+    """Seconds since it happened; on machine 0: the time of its clock when it happened."""
+    code: int
+    line: str
+
+
+class Wire:
+    """Lines of JSON over one TCP connection, never blocking."""
+
+    def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection = connection
+        self.last_heard = self.last_beat = time.monotonic()
+        self.is_open = True
+        self.unread: list[dict[str, Any]] = []
+        """Messages that came together with one that was taken before them."""
+        self._received, self._unsent = b"", b""
+
+    def send(self, kind: str, **content: Any) -> None:
+        self._unsent += json.dumps({"kind": kind, **content}).encode() + b"\n"
+        self._flush()
+
+    def beat(self) -> None:
+        if time.monotonic() - self.last_beat > BEAT_SECONDS:
+            self.last_beat = time.monotonic()
+            self.send("beat")
+
+    def receive(self) -> list[dict[str, Any]]:
+        """What has come since the last call; `is_open` is False from then on where it was the end."""
+        self._flush()
+        while self.is_open:
+            try:
+                data = self.connection.recv(1 << 16)
+            except BlockingIOError:
+                break
+            except OSError:
+                data = b""
+            if not data:
+                self.is_open = False
+                break
+            self.last_heard = time.monotonic()
+            self._received += data
+        *lines, self._received = self._received.split(b"\n")
+        unread, self.unread = self.unread, []
+        return unread + [json.loads(line) for line in lines if line]
+
+    def _flush(self) -> None:
+        while self.is_open and self._unsent:
+            try:
+                self._unsent = self._unsent[self.connection.send(self._unsent) :]
+            except BlockingIOError:
+                return
+            except OSError:
+                self.is_open = False
+
+    def close(self) -> None:
+        """What is still to be sent goes on its way first, if the other side takes it within a second."""
+        deadline = time.monotonic() + 1.0
+        self._flush()
+        while self._unsent and self.is_open and time.monotonic() < deadline:
+            time.sleep(0.01)
+            self._flush()
+        with contextlib.suppress(OSError):
+            self.connection.shutdown(socket.SHUT_WR)
+        self.connection.close()
+        self.is_open = False
+
+
+@dataclass
+class Go:
+    """With what a machine's processes start."""
+
+    address: str
+    """Where the ranks meet: machine 0, ..."""
+    port: int
+    """... at a port of their own."""
+    silence_seconds: float
+    environment: dict[str, str] = field(default_factory=dict)
+    """Variables of machine 0 for the processes of the others."""
+
+
+class Link:
+    """This machine's side. `Hub` is machine 0's, `Spoke` that of any other."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self.go: Go | None = None
+        self.orders: list[str] = []
+        self.has_ended = False
+        """Whether this machine's own processes have all ended."""
+        self.parted: tuple[int, str | None] | None = None
+        """With what, once it has left."""
+
+    def start(self, report: dict[str, Any]) -> Go:
+        """Wait until all machines are there and alike. Raises Left where they are not, UserError on machine 0."""
+        raise NotImplementedError
+
+    def tick(self) -> list[str]:
+        """Exchange what there is, without waiting; returns what this machine has to do, in order."""
+        raise NotImplementedError
+
+    def wait(self, seconds: float) -> None:
+        """Until something comes, but no longer. What is told is told with its age, so it must not lie about."""
+        wires = [wire.connection for wire in self._wires() if wire.is_open]
+        if wires:
+            select.select(wires, [], [], seconds)
+        else:
+            time.sleep(seconds)
+
+    def _wires(self) -> list[Wire]:
+        raise NotImplementedError
+
+    def tell_order(self, order: str) -> None:
+        """A signal came here: the other machines are to act on it too."""
+        raise NotImplementedError
+
+    def tell_failure(self) -> None:
+        """A process of this machine has failed; why is told at the end, when more is known."""
+        raise NotImplementedError
+
+    def tell_end(self, code: int, failure: Failure | None) -> None:
+        """All processes of this machine have ended."""
+        raise NotImplementedError
+
+    def is_over(self) -> bool:
+        """Whether nothing is left to wait for."""
+        raise NotImplementedError
+
+    def local_address(self) -> str:
+        """This machine's address on the network that it shares with the others."""
+        raise NotImplementedError
+
+    def leave(self, code: int = 0, line: str | None = None) -> tuple[int, str | None]:
+        """Part from the others. `code` and `line`: what they should end with, unless the job has come to an end of its own. Returns
+        what this one should end with."""
+        if self.parted is None:
+            self.parted = self._leave(code, line)
+        return self.parted
+
+    def _leave(self, code: int, line: str | None) -> tuple[int, str | None]:
+        raise NotImplementedError
+
+    def _take_orders(self) -> list[str]:
+        orders, self.orders = self.orders, []
+        return orders
+
+
+@dataclass
+class _Machine:
+    """Another machine, as machine 0 sees it."""
+
+    index: int
+    host: str
+    wire: Wire
+    report: dict[str, Any] | None = None
+    ended: bool = False
+
+    @property
+    def name(self) -> str:
+        return f"machine {self.index} ({self.host})"
+
+
+class Hub(Link):
+    """Machine 0: hears of everything, and tells all."""
+
+    def __init__(self, place: Place) -> None:
+        super().__init__(place)
+        self.remote: Remote | None = None
+        """What has started the others, where they did not start by themselves."""
+        self.machines: dict[int, _Machine] = {}
+        self.failures: list[Failure] = []
+        self.code = 0
+        self.interrupted = self.stopping = False
+        self._new: list[Wire] = []
+        self._listener = self._listen(place.port)
+
+    @staticmethod
+    def _listen(port: int) -> socket.socket:
+        try:
+            try:
+                listener = socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=64)
+            except (OSError, ValueError):  # no IPv6 here
+                listener = socket.create_server(("", port), backlog=64)
+        except OSError as error:
+            raise UserError(f"port {port}, at which the other machines report: {error.strerror}: choose another one") from error
+        listener.setblocking(False)
+        return listener
+
+    # -- before the start
+
+    def start(
+        self,
+        report: dict[str, Any],
+        check: Callable[[dict[str, Any]], str | None] = lambda report: None,
+        timeout_seconds: float = 600.0,
+        silence_seconds: float = 30.0,
+        free_port: Callable[[], int] = lambda: 0,
+        environment: dict[str, str] | None = None,
+    ) -> Go:
+        """check: a machine's report -> what is wrong with it, or None. Raises UserError, naming the machine."""
+        others = range(1, self.place.number)
+        deadline, told = time.monotonic() + timeout_seconds, time.monotonic() + 5.0
+        while missing := [i for i in others if i not in self.machines or self.machines[i].report is None]:
+            self._accept()
+            for machine in self.machines.values():
+                for message in machine.wire.receive():
+                    if message["kind"] == "hello":
+                        machine.report = message["report"]
+                    elif message["kind"] == "leave":
+                        raise UserError(f"{machine.name}: {message['line']}")
+                    elif message["kind"] == "order":
+                        raise UserError(f"{machine.name}: was ended by a signal before it was ready")
+                machine.wire.beat()
+                if not machine.wire.is_open:
+                    raise UserError(f"{machine.name}: its launcher ended before it was ready: see its output")
+            for index, why in self.remote.absent().items() if self.remote is not None else []:
+                if index in missing:
+                    raise UserError(f"machine {index} ({self._host_of(index)}): {why}")
+            if time.monotonic() > deadline:
+                names = ", ".join(f"{i} ({self._host_of(i)})" for i in missing)
+                raise UserError(
+                    f"machine {names}: not there after {timeout_seconds:.0f} s (system.start_timeout_seconds): is the job started "
+                    f"on it, and can it reach port {self.place.port} of {self.place.address}?"
+                )
+            if told is not None and time.monotonic() > told:
+                print(f"waiting for machine {', '.join(map(str, missing))}", flush=True)
+                told = None
+            time.sleep(0.02)
+        for index in others:
+            machine = self.machines[index]
+            assert machine.report is not None
+            wrong = check(machine.report)
+            if wrong is not None:
+                raise UserError(f"{machine.name} {wrong}")
+        self.go = Go(self.local_address(), free_port(), silence_seconds, environment or {})
+        for machine in self.machines.values():
+            machine.wire.last_heard = time.monotonic()  # until now it may have been busy
+            machine.wire.send("go", **asdict(self.go))
+        return self.go
+
+    def _host_of(self, index: int) -> str:
+        if index in self.machines:
+            return self.machines[index].host
+        return self.place.hosts[index] if index < len(self.place.hosts) else "not yet heard of"
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self._listener.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                break
+            self._new.append(Wire(connection))
+        for wire in list(self._new):
+            try:
+                messages = wire.receive()
+            except ValueError:  # a port scanner, another program
+                self._new.remove(wire)
+                wire.close()
+                continue
+            for message in messages[:1]:
+                self._new.remove(wire)
+                wire.unread = messages[1:]
+                index, number = message.get("index"), message.get("number")
+                if message["kind"] != "name" or index is None:
+                    wire.close()
+                elif number != self.place.number:
+                    raise UserError(
+                        f"machine {index} ({message['host']}): takes itself for one of {number} machines, machine 0 for one of "
+                        f"{self.place.number}: give them the same variables"
+                    )
+                elif index in self.machines or not 0 < index < self.place.number:
+                    raise UserError(
+                        f"machine {index} ({message['host']}): "
+                        f"{self.machines[index].host if index in self.machines else 'this machine'} has the same index: "
+                        "give every machine its own, from 0"
+                    )
+                else:
+                    self.machines[index] = _Machine(index, message["host"], wire)
+            if wire in self._new and not wire.is_open:
+                self._new.remove(wire)
+
+    # -- while the processes run
+
+    def tick(self) -> list[str]:
+        now = time.monotonic()
+        assert self.go is not None
+        for machine in self.machines.values():
+            for message in machine.wire.receive():
+                self._hear(machine, message)
+            if machine.ended:
+                continue
+            silent = now - machine.wire.last_heard
+            if not machine.wire.is_open:
+                self._lose(machine, "its connection broke: the machine, or the launcher on it, has ended")
+            elif silent > self.go.silence_seconds:
+                self._lose(machine, f"nothing heard of it for {silent:.0f} s: the machine or the network is down")
+            else:
+                machine.wire.beat()
+        if self.remote is not None:
+            self.remote.forward()
+        return self._take_orders()
+
+    def _wires(self) -> list[Wire]:
+        return [machine.wire for machine in self.machines.values()]
+
+    def _hear(self, machine: _Machine, message: dict[str, Any]) -> None:
+        kind = message["kind"]
+        if kind == "failed":
+            self._stop()
+        elif kind == "order":
+            self.interrupted = True
+            self._tell_all(message["order"], but=machine)
+            self.orders.append(message["order"])
+        elif kind == "ended":
+            machine.ended = True
+            self.code = self.code or message["code"]
+            if message["failure"] is not None:
+                self._fail(Failure(**message["failure"]))
+            self._one_has_ended()
+
+    def _lose(self, machine: _Machine, how: str) -> None:
+        machine.ended = True
+        machine.wire.close()
+        self._fail(Failure(0, 0.0, 1, f"error: {machine.name} is lost: {how}"))
+
+    def _fail(self, failure: Failure) -> None:
+        failure.age = time.monotonic() - failure.age
+        self.failures.append(failure)
+        self._stop()
+
+    def _stop(self) -> None:
+        if not self.interrupted and not self.stopping:
+            self.stopping = True
+            self.orders.append(STOP)
+            self._tell_all(STOP)
+
+    def _one_has_ended(self) -> None:
+        if self.interrupted:
+            self._tell_all(HURRY)
+            self.orders.append(HURRY)
+
+    def _tell_all(self, order: str, but: _Machine | None = None) -> None:
+        for machine in self.machines.values():
+            if machine is not but and machine.wire.is_open:
+                machine.wire.send("order", order=order)
+
+    def tell_order(self, order: str) -> None:
+        self.interrupted = True
+        self._tell_all(order)
+
+    def tell_failure(self) -> None:
+        self._stop()
+
+    def tell_end(self, code: int, failure: Failure | None) -> None:
+        self.has_ended = True
+        self.code = self.code or code
+        if failure is not None:
+            self._fail(failure)
+        self._one_has_ended()
+
+    def local_address(self) -> str:
+        return _plain(self.machines[1].wire.connection.getsockname()[0])
+
+    def is_over(self) -> bool:
+        return self.has_ended and all(machine.ended for machine in self.machines.values())
+
+    def _leave(self, code: int, line: str | None) -> tuple[int, str | None]:
+        if self.is_over():
+            cause = min(self.failures, key=lambda f: (f.order, f.age), default=None)
+            code, line = (cause.code, cause.line) if cause is not None else (self.code, None)
+        with contextlib.suppress(UserError):
+            self._accept()
+        for machine in self.machines.values():
+            if machine.wire.is_open:
+                machine.wire.send("leave", code=code, line=line)
+            machine.wire.close()
+        self._listener.close()
+        if self.remote is not None:
+            self.remote.close()
+        return code, line
+
+
+class Spoke(Link):
+    """Any other machine: knows machine 0 alone."""
+
+    def __init__(self, place: Place, timeout_seconds: float = CONNECT_SECONDS) -> None:
+        """Connects. Raises UserError where machine 0 cannot be reached in time."""
+        super().__init__(place)
+        self.wire = Wire(_connect(place, timeout_seconds))
+        self.wire.send("name", index=place.index, number=place.number, host=socket.gethostname())
+        self.verdict: tuple[int, str | None] | None = None
+
+    def start(self, report: dict[str, Any]) -> Go:
+        self.wire.send("hello", report=report)
+        while self.go is None:
+            for message in self.wire.receive():
+                if message.pop("kind") == "go":
+                    self.go = Go(**message)
+                elif "line" in message:
+                    raise Left(message["code"], message["line"])
+            if self.go is None and not self.wire.is_open:
+                raise Left(1, f"error: machine 0 ({self.place.address}) has ended before the start: see its output")
+            self.wire.beat()
+            time.sleep(0.02)
+        self.wire.last_heard = time.monotonic()
+        return self.go
+
+    def tick(self) -> list[str]:
+        assert self.go is not None
+        for message in self.wire.receive():
+            if message["kind"] == "order":
+                self.orders.append(message["order"])
+            elif message["kind"] == "leave":
+                self.verdict = message["code"], message["line"]
+                if not self.has_ended:  # machine 0 has given up on this one
+                    self.orders.append(STOP)
+        silent = time.monotonic() - self.wire.last_heard
+        if self.verdict is None:
+            machine_0 = f"error: machine 0 ({self.place.address}) is lost"
+            if not self.wire.is_open:
+                self.verdict = 1, f"{machine_0}: its connection broke: the machine, or the launcher on it, has ended"
+            elif silent > self.go.silence_seconds:
+                self.verdict = 1, f"{machine_0}: nothing heard of it for {silent:.0f} s: the machine or the network is down"
+            if self.verdict is not None:
+                self.orders.append(STOP)
+        self.wire.beat()
+        return self._take_orders()
+
+    def _wires(self) -> list[Wire]:
+        return [self.wire]
+
+    def tell_order(self, order: str) -> None:
+        self.wire.send("order", order=order)
+
+    def tell_failure(self) -> None:
+        self.wire.send("failed")
+
+    def tell_end(self, code: int, failure: Failure | None) -> None:
+        self.has_ended = True
+        self.wire.send("ended", code=code, failure=None if failure is None else asdict(failure))
+
+    def local_address(self) -> str:
+        return _plain(self.wire.connection.getsockname()[0])
+
+    def is_over(self) -> bool:
+        return self.has_ended and self.verdict is not None
+
+    def _leave(self, code: int, line: str | None) -> tuple[int, str | None]:
+        if self.go is None and self.wire.is_open:
+            self.wire.send("leave", code=code, line=line)
+        self.wire.close()
+        return self.verdict if self.verdict is not None else (code, line)
+
+
+def join(place: Place) -> Link:
+    """The link of this machine to the others: machine 0 listens, the others connect."""
+    return Hub(place) if place.index == 0 else Spoke(place)
+
+
+def _connect(place: Place, timeout_seconds: float) -> socket.socket:
+    deadline, told = time.monotonic() + timeout_seconds, False
+    while True:
+        try:
+            connection = socket.create_connection((place.address, place.port), timeout=10.0)
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+            return connection
+        except OSError as error:
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"machine 0 ({place.address}, port {place.port}): not reached in {timeout_seconds:.0f} s "
+                    f"({error.strerror or error}): is the job started there, and is that its address?"
+                ) from error
+            if not told:
+                told = True
+                warn(f"machine 0 ({place.address}, port {place.port}) does not answer yet ({error.strerror or error}): waiting")
+        time.sleep(0.2)
+
+
+def _plain(address: str) -> str:
+    """An IPv4 address that a dual-stack socket shows as one of IPv6."""
+    return address.removeprefix("::ffff:")

@@ -1,0 +1,347 @@
+"""The engine of full-attention models, in torch: a canvas of masks behind the prompt is denoised block by block.
+
+Every canvas is on its own clock: a forward holds one item (sample/canvas_cache.py) of each, whatever it is at. The first forward
+of a block is over the whole canvas; the others too (`cache` none), or over a window that begins with the block and sees of the
+rest what that first forward stored. Stored keys are older than the tokens around them, so with a cache log-probs are recorded as
+sampled, and the trainer's differ from them.
+
+Where logits are shifted by one (`Family.logit_shift`) the token of a position is predicted by the row before it. A window has
+that row for all of its positions but the first: where a block's first forward does not reveal that one
+(`Family.first_token_from_refresh`), the window begins one row earlier.
+
+Shapes: S slots, T positions of a slot, B block size; n items of a forward, N rows, M rows that predict.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import torch
+from torch import Tensor
+
+from common.errors import UserError
+from common.records import Rollout
+from models.decoder import Decoder
+from models.family import Family
+from sample import noise
+from sample.canvas_cache import Item, canvas_attention, canvases_that_fit, group_items
+from sample.canvas_schedule import SCHEDULES, blocks_of, steps_of
+from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
+from sample.kv_cache import KVCache
+from sample.queue import ListQueue, WorkQueue
+from sample.registry import UNMASKING
+from sample.sampling import Draws, draw_rows
+from sample.unmask import Candidates
+
+
+class CanvasEngine:
+    """Samples from a full-attention decoder; keeps its cache between calls."""
+
+    def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
+        if max_active < 1:
+            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+        self.decoder, self.family, self.max_active = decoder, family, max_active
+        self.cache: KVCache | None = None
+        self.max_rows = 0  # of a forward, as the memory was when the cache was made
+        self.statistics = Statistics()
+
+    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int = 0,
+        progress: Progress | None = None,
+        queue: WorkQueue | None = None,
+    ) -> list[Rollout]:
+        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
+        started = time.perf_counter()
+        self.statistics = Statistics()
+        queue = queue or ListQueue(requests)
+        if queue.share == 0:
+            return []
+        settings = dataclasses.replace(settings, top_p_first=self.family.top_p_first)
+        num_slots, length, max_rows = self._reserve(requests, settings, min(self.max_active, queue.share))
+        slots = (num_slots, length)
+        generation = CanvasGeneration(self, slots, max_rows, requests, settings, weights_version, queue)
+        while generation.admit():
+            generation.step()
+            generation.retire()
+            self.statistics.seconds = time.perf_counter() - started
+            if progress is not None:
+                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
+        return [rollout for _, rollout in sorted(generation.rollouts.items())]
+
+    def release(self) -> None:
+        self.cache = None
+
+    def _reserve(self, requests: list[Request], settings: SamplingSettings, wanted: int) -> tuple[int, int, int]:
+        """(slots, positions of each, rows of a forward) for the longest request and as many canvases as are wanted and fit, with a
+        cache for them where the settings ask for one."""
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        for request in requests:
+            if self.family.logit_shift and not request.prompt_ids:
+                raise UserError(
+                    f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
+                )
+            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
+                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
+        length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
+        wanted = min(wanted, settings.batch_size or wanted)
+        has_cache = settings.cache != "none"
+        if not has_cache or (self.cache is not None and not self.cache.fits(config, wanted, length, dtype, device)):
+            self.release()
+        if self.cache is not None:
+            return min(wanted, self.cache.num_slots), self.cache.length, self.max_rows
+        num_slots, self.max_rows = canvases_that_fit(config, wanted, length, has_cache, dtype, device)
+        if has_cache:
+            self.cache = KVCache(config, num_slots, length, dtype, device)
+        return num_slots, length, self.max_rows
+
+
+def canvas_end(request: Request, sample: int, settings: SamplingSettings) -> int:
+    """Tokens of the prompt and of the response."""
+    return len(request.prompt_ids) + request.limit(sample, settings)
+
+
+@dataclasses.dataclass
+class Clock:
+    """Where one canvas is: all on the host."""
+
+    request: int
+    sample: int
+    prompt: int
+    """Its length."""
+    blocks: list[int]
+    """Tokens of each."""
+    counts: list[list[int]]
+    """By block and forward: how many tokens a fixed schedule reveals."""
+    block: int = 0
+    start: int = 0
+    """First position of the block."""
+    step: int = 0
+    """Forwards of the block so far."""
+    forwards: int = 0
+    has_stop: bool = False
+    """A stop token was revealed (`stop_early`)."""
+    waiting_since: int = 0
+    """The forward of the engine after which it was last in one."""
+
+    @property
+    def size(self) -> int:
+        return self.blocks[self.block]
+
+    @property
+    def end(self) -> int:
+        """Of the canvas."""
+        return self.prompt + sum(self.blocks)
+
+    @property
+    def count(self) -> int:
+        counts = self.counts[self.block]
+        return counts[min(self.step, len(counts) - 1)]
+
+
+class CanvasGeneration:
+    """One call of `generate`: admit -> step -> retire until nothing is in flight.
+
+    Tokens and what is recorded with them live on the device. Of them the host reads one thing per forward: what is still masked in
+    the blocks that took part.
+    """
+
+    def __init__(
+        self,
+        engine: CanvasEngine,
+        slots: tuple[int, int],
+        max_rows: int,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int,
+        queue: WorkQueue,
+    ) -> None:
+        """slots: (their number, positions of each)."""
+        self.decoder, self.family, self.cache, self.max_rows = engine.decoder, engine.family, engine.cache, max_rows
+        self.requests, self.settings, self.weights_version = requests, settings, weights_version
+        self.queue, self.statistics = queue, engine.statistics
+        self.rollouts: dict[tuple[int, int], Rollout] = {}  # by (request, sample)
+        self.clocks: dict[int, Clock] = {}  # by slot
+        self.num_slots, self.length = slots
+        self.done: list[int] = []
+        self.masked = torch.zeros(self.num_slots, settings.block_size, dtype=torch.bool)  # host: of the slots' blocks
+
+        device = engine.decoder.device
+        self.tokens = torch.full(slots, settings.mask_id, device=device)
+        self.step_map = torch.zeros(slots, dtype=torch.int64, device=device)
+        self.logprobs, self.entropy = torch.zeros(2, *slots, device=device)
+        self.key = torch.zeros(self.num_slots, 2, dtype=torch.int32, device=device)
+        self.reveal = UNMASKING.get(settings.strategy, "rollout.remasking_strategy")
+        self.stop_ids = torch.tensor(settings.stop_ids, dtype=torch.int64, device=device)
+        self.forbidden = torch.tensor(settings.forbidden_ids, device=device) if settings.forbidden_ids else None
+
+    def admit(self) -> bool:
+        """Fill free slots with sequences from the queue. Returns whether any sequence is in flight."""
+        free = [slot for slot in range(self.num_slots) if slot not in self.clocks]
+        coming: list[tuple[int, int]] = []  # (request, sample)
+        while len(coming) < len(free) and (unit := self.queue.take(len(free) - len(coming))) is not None:
+            coming += [(unit.request, sample) for sample in unit.samples]
+        if coming:
+            self._fill(free[: len(coming)], coming)
+        return bool(self.clocks)
+
+    def _fill(self, slots: list[int], coming: list[tuple[int, int]]) -> None:
+        s = self.settings
+        rows, keys = torch.full((len(slots), self.length), s.mask_id), []
+        for row, (slot, (index, sample)) in enumerate(zip(slots, coming, strict=True)):
+            request = self.requests[index]
+            prompt, limit = len(request.prompt_ids), request.limit(sample, s)
+            rows[row, :prompt] = torch.tensor(request.prompt_ids)
+            keys.append(noise.sequence_key(s.seed, request.task_id, sample))
+            blocks = blocks_of(limit, s.block_size)
+            steps = -(-(s.steps or s.max_tokens) * limit // s.max_tokens)  # a shorter canvas has its share of them
+            counts = [SCHEDULES[self.family.canvas_schedule](*b) for b in zip(blocks, steps_of(steps, len(blocks)), strict=True)]
+            self.clocks[slot] = Clock(index, sample, prompt, blocks, counts, start=prompt)
+            self._begin_block(slot)
+        device = self.tokens.device
+        self.tokens[slots] = rows.to(device)
+        self.key[slots] = torch.tensor(keys, dtype=torch.int32, device=device)
+        for state in (self.step_map, self.logprobs, self.entropy):
+            state[slots] = 0
+
+    def _begin_block(self, slot: int) -> None:
+        self.clocks[slot].step = 0
+        self.masked[slot] = torch.arange(self.masked.shape[1]) < self.clocks[slot].size
+
+    def _item(self, slot: int) -> Item:
+        """What the next forward computes of a canvas."""
+        s, clock = self.settings, self.clocks[slot]
+        end = clock.end
+        if s.cache == "none" or clock.step == 0:
+            return Item(slot, 0, end, end, True)
+        start = clock.start - (0 if self.family.first_token_from_refresh else self.family.logit_shift)
+        stop = clock.start + clock.size
+        if s.further_horizon is not None:
+            stop = min(stop + s.further_horizon, end)
+        elif s.cache == "prefix":
+            stop = end
+        return Item(slot, start, stop - start, end if s.cache == "dual" else stop, False)
+
+    def _next_items(self) -> list[Item]:
+        """An item of every canvas, as far as the rows of a forward go: those that have waited longest; in the order of shapes."""
+        chosen, rows = [], 0
+        for slot, clock in sorted(self.clocks.items(), key=lambda pair: (pair[1].waiting_since, pair[0])):
+            item = self._item(slot)
+            rows += item.rows
+            if chosen and rows > self.max_rows:
+                break
+            clock.waiting_since = self.statistics.engine_forwards + 1
+            clock.forwards += 1
+            chosen.append(item)
+        return sorted(chosen, key=lambda item: (item.shape, item.slot))
+
+    def step(self) -> None:
+        """One forward of the model: items -> forward -> draw -> reveal -> advance."""
+        items, device = self._next_items(), self.tokens.device
+        clocks = [self.clocks[item.slot] for item in items]
+        rows, facts, candidates = self._lay_out(items, clocks)
+        groups = group_items(items, device)
+        # Everything that the device has to be told, in one copy.
+        sizes = [len(x) for x in (*rows, *facts, candidates.flatten())]
+        packed = torch.cat([*rows, *facts, candidates.flatten()]).to(device, non_blocking=True).split(sizes)
+        positions, entries, (head_rows, at, head_entries, head_positions, slots, forwards), count, masked = (
+            packed[0], packed[1], packed[2:8], packed[8], packed[9].bool().view(candidates.shape),
+        )  # fmt: skip
+
+        hidden = self.decoder(self.tokens.view(-1)[entries], positions, canvas_attention(groups, entries, self.cache))
+        keys = noise.row_keys(self.key[slots], head_positions, forwards)
+        draws = draw_rows(self.decoder, hidden[head_rows], keys, self.settings, self.forbidden)
+        reveal = self.reveal(self._candidates(draws, keys, at, masked, count), self.settings)  # [n, B]
+
+        revealed = reveal.flatten()[at]  # [M]
+        self.tokens.view(-1)[head_entries] = torch.where(revealed, draws.tokens, self.settings.mask_id)
+        self.step_map.view(-1)[head_entries] = torch.where(revealed, forwards, 0)
+        self.logprobs.view(-1)[head_entries] = torch.where(revealed, draws.logprobs, 0.0)
+        self.entropy.view(-1)[head_entries] = torch.where(revealed, draws.entropy, 0.0)
+
+        stopped = torch.zeros_like(reveal)
+        if self.settings.stop_early:
+            stopped.view(-1)[at] = revealed & torch.isin(draws.tokens, self.stop_ids)
+        self.statistics.engine_forwards += 1
+        self.statistics.sequence_forwards += len(items)
+        status = torch.stack([reveal, stopped]).cpu()  # the one read of the step
+        self._advance([item.slot for item in items], *status)
+
+    def _lay_out(self, items: list[Item], clocks: list[Clock]) -> tuple[list[Tensor], list[Tensor], Tensor]:
+        """What a forward over `items` computes and predicts (host tensors):
+
+        [positions, entries], each int64 [N]; [rows that predict, place in the grid of blocks, entry and position of the predicted
+        token, its slot, number of the forward], each int64 [M], and the schedule's count [n]; candidates bool [n, B].
+        """
+        slot, start, num_rows = (torch.tensor([getattr(item, name) for item in items]) for name in ("slot", "start", "rows"))
+        first_row = num_rows.cumsum(0) - num_rows  # [n]
+        positions = torch.arange(int(num_rows.sum())) - (first_row - start).repeat_interleave(num_rows)
+        entries = (slot * self.length).repeat_interleave(num_rows) + positions
+
+        candidates = self.masked[slot].clone()  # [n, B]
+        if self.family.first_token_from_refresh:
+            first = torch.tensor([clock.step == 0 for clock in clocks])
+            candidates[first, 1:] = False
+        item, offset = candidates.nonzero().unbind(1)  # [M]
+        block_start, forwards, count = (
+            torch.tensor([getattr(clock, name) for clock in clocks]) for name in ("start", "forwards", "count")
+        )
+        predicted = block_start[item] + offset
+        head_rows = (first_row - start)[item] + predicted - self.family.logit_shift
+        at = item * candidates.shape[1] + offset
+        head = [head_rows, at, slot[item] * self.length + predicted, predicted, slot[item], forwards[item]]
+        return [positions, entries], [*head, count], candidates
+
+    def _candidates(self, draws: Draws, keys: Tensor, at: Tensor, masked: Tensor, count: Tensor) -> Candidates:
+        """What the strategy sees: numbers of the M rows at their places of the grid [n, B]."""
+        s, score = self.settings, draws.score
+        if s.pad_target_penalty != 1:
+            score = torch.where(draws.tokens == s.pad_id, score / s.pad_target_penalty, score)
+        columns = [score, draws.score_entropy]
+        if s.alg_temp > 0:
+            # The n largest of log p + Gumbel noise are n draws without replacement.
+            choice = torch.full((1,), noise.CHOICE_ID, device=keys.device)
+            columns.append(score / s.alg_temp + noise.gumbel_at(keys, choice)[:, 0])
+        grid = torch.zeros(len(columns), masked.numel(), device=masked.device)
+        grid[:, at] = torch.stack(columns)
+        score, entropy, *ranking = grid.unflatten(1, masked.shape)
+        return Candidates(masked, score, entropy, count, least=1, ranking=ranking[0] if ranking else None)
+
+    def _advance(self, slots: list[int], reveal: Tensor, stopped: Tensor) -> None:
+        """Go to the next step of the block, to the next block, or be done.
+
+        reveal, stopped bool [n, B], on the host: what was revealed, and of that what is a stop token (`stop_early`).
+        """
+        self.statistics.tokens += int(reveal.sum())
+        self.masked[slots] &= ~reveal
+        for slot, is_open, has_stop in zip(slots, self.masked[slots].any(1).tolist(), stopped.any(1).tolist(), strict=True):
+            clock = self.clocks[slot]
+            clock.step += 1
+            clock.has_stop |= has_stop
+            if is_open:
+                continue
+            clock.start += clock.size
+            clock.block += 1
+            if clock.block == len(clock.blocks) or clock.has_stop:
+                self.done.append(slot)
+            else:
+                self._begin_block(slot)
+
+    def retire(self) -> None:
+        """Make rollouts of the sequences that are done and free their slots."""
+        if not self.done:
+            return
+        state = [x[self.done].cpu() for x in (self.tokens, self.step_map, self.logprobs, self.entropy)]
+        for row, slot in enumerate(self.done):
+            clock = self.clocks.pop(slot)
+            response = [x[row, clock.prompt : clock.end] for x in state]
+            self.rollouts[clock.request, clock.sample] = make_rollout(
+                self.requests[clock.request], clock.sample, self.settings, *response, clock.forwards, self.weights_version
+            )
+        self.statistics.sequences += len(self.done)
+        self.done = []

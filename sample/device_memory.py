@@ -1,0 +1,159 @@
+"""GPU memory behind virtual addresses that stay: given back to the driver and taken again, it does not move.
+
+A CUDA graph holds the addresses of what its kernels touch. The cache of an engine has to make room for the update between two
+rollouts, and graphs captured over it should live on. So addresses are reserved once, and physical memory is mapped behind them
+when it is wanted: the driver's virtual memory management (CUDA Driver API, "Virtual Memory Management"), called through ctypes.
+
+Such memory is not torch's: `torch.cuda.memory_allocated` does not count it, `torch.cuda.mem_get_info` does.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint64, c_ushort, c_void_p
+
+import torch
+from torch import Tensor
+
+PINNED, ON_DEVICE, READ_WRITE = 1, 1, 3
+"""CU_MEM_ALLOCATION_TYPE_PINNED, CU_MEM_LOCATION_TYPE_DEVICE, CU_MEM_ACCESS_FLAGS_PROT_READWRITE."""
+
+
+class Location(ctypes.Structure):
+    """CUmemLocation."""
+
+    _fields_ = [("type", c_int), ("id", c_int)]
+
+
+class AllocationFlags(ctypes.Structure):
+    _fields_ = [("compression", c_ubyte), ("gpu_direct_rdma", c_ubyte), ("usage", c_ushort), ("reserved", c_ubyte * 4)]
+
+
+class AllocationProperties(ctypes.Structure):
+    """CUmemAllocationProp."""
+
+    _fields_ = [
+        ("type", c_int),
+        ("handle_types", c_int),
+        ("location", Location),
+        ("win32_metadata", c_void_p),
+        ("flags", AllocationFlags),
+    ]
+
+
+class Access(ctypes.Structure):
+    """CUmemAccessDesc."""
+
+    _fields_ = [("location", Location), ("flags", c_int)]
+
+
+SIGNATURES = {
+    "cuGetErrorString": [c_int, POINTER(c_char_p)],
+    "cuMemGetAllocationGranularity": [POINTER(c_size_t), POINTER(AllocationProperties), c_int],
+    "cuMemAddressReserve": [POINTER(c_uint64), c_size_t, c_size_t, c_uint64, c_uint64],
+    "cuMemAddressFree": [c_uint64, c_size_t],
+    "cuMemCreate": [POINTER(c_uint64), c_size_t, POINTER(AllocationProperties), c_uint64],
+    "cuMemMap": [c_uint64, c_size_t, c_size_t, c_uint64, c_uint64],
+    "cuMemSetAccess": [c_uint64, c_size_t, POINTER(Access), c_size_t],
+    "cuMemUnmap": [c_uint64, c_size_t],
+    "cuMemRelease": [c_uint64],
+}
+
+
+@functools.cache
+def driver() -> ctypes.CDLL:
+    library = ctypes.CDLL("libcuda.so.1")
+    for name, arguments in SIGNATURES.items():
+        getattr(library, name).argtypes = arguments
+        getattr(library, name).restype = c_int
+    return library
+
+
+def call(name: str, *arguments: object) -> None:
+    """Call the driver. Raises torch.OutOfMemoryError where there is too little memory, RuntimeError for any other error."""
+    error = getattr(driver(), name)(*arguments)
+    if error:
+        text = c_char_p()
+        driver().cuGetErrorString(error, byref(text))
+        raise (torch.OutOfMemoryError if error == 2 else RuntimeError)(f"{name}: {(text.value or b'?').decode()} ({error})")
+
+
+class Mapped:
+    """`__cuda_array_interface__` of mapped regions, for torch to make a tensor of."""
+
+    def __init__(self, address: int, num_regions: int, region_bytes: int, stride: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_regions, region_bytes),
+            "strides": (stride, 1),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class DeviceMemory:
+    """`num_regions` regions of one size, each at an address of its own that never changes while the size may."""
+
+    def __init__(self, device: torch.device, num_regions: int) -> None:
+        torch.cuda.synchronize(device)  # the device's context exists
+        index = torch.cuda.current_device() if device.index is None else device.index
+        self.device, self.num_regions = torch.device("cuda", index), num_regions
+        self.properties = AllocationProperties(type=PINNED, location=Location(ON_DEVICE, index))
+        granularity = c_size_t()
+        call("cuMemGetAllocationGranularity", byref(granularity), byref(self.properties), 0)
+        self.granularity = granularity.value
+        # Addresses for all the memory there is, whatever part of it the regions will have.
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        self.stride = self._whole(total // num_regions + 1)
+        base = c_uint64()
+        call("cuMemAddressReserve", byref(base), self.stride * num_regions, 0, 0, 0)
+        self.base = base.value
+        self.region_bytes = 0
+        """Mapped now, of every region."""
+
+    def _whole(self, num_bytes: int) -> int:
+        return -(-num_bytes // self.granularity) * self.granularity
+
+    def take(self, region_bytes: int) -> Tensor:
+        """Have that many bytes or a little more in every region: uint8 [num_regions, bytes], zeroed. What was there is lost.
+
+        Tensors of an earlier `take` must not be used any more. Raises torch.OutOfMemoryError.
+        """
+        self.give_back()
+        size = self._whole(region_bytes)
+        assert 0 < size <= self.stride
+        access = Access(self.properties.location, READ_WRITE)
+        mapped = []
+        try:
+            for n in range(self.num_regions):
+                address, handle = self.base + n * self.stride, c_uint64()
+                call("cuMemCreate", byref(handle), size, byref(self.properties), 0)
+                try:
+                    call("cuMemMap", address, size, 0, handle, 0)
+                finally:
+                    call("cuMemRelease", handle)  # mapped memory lives until it is unmapped
+                mapped.append(address)
+                call("cuMemSetAccess", address, size, byref(access), 1)
+        except BaseException:
+            for address in mapped:
+                call("cuMemUnmap", address, size)
+            raise
+        self.region_bytes = size
+        return torch.as_tensor(Mapped(self.base, self.num_regions, size, self.stride), device=self.device).zero_()
+
+    def give_back(self) -> None:
+        """Give the memory, not the addresses, back to the driver."""
+        if not self.region_bytes:
+            return
+        torch.cuda.synchronize(self.device)
+        for n in range(self.num_regions):
+            call("cuMemUnmap", self.base + n * self.stride, self.region_bytes)
+        self.region_bytes = 0
+
+    def close(self) -> None:
+        """Give back the addresses as well."""
+        if self.base:
+            self.give_back()
+            call("cuMemAddressFree", self.base, self.stride * self.num_regions)
+            self.base = 0

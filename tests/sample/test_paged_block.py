@@ -1,0 +1,283 @@
+"""The paged engine, on its kernels' torch references, against the eager one; its graphs and kernels: test_paged_block_gpu.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+
+import pytest
+
+from common.errors import UserError
+from models.decoder import Decoder
+from models.registry import FAMILIES
+from sample import paged_block
+from sample.block import BlockEngine
+from sample.capacity import Capacity, Demand, item_bucket
+from sample.engine import Request, SamplingSettings, build_engine
+from sample.paged_block import PagedBlockEngine
+from sample.pages import PAGE, pages_of
+from sample.queue import ListQueue, Unit
+from sample.registry import KERNEL_ENGINES
+from tests.sample.reference import random_decoder, random_requests
+from tests.sample.test_block import DECODINGS, THRESHOLD, assert_same, settings
+
+SDAR = FAMILIES.get("sdar")
+
+
+def eager(decoder: Decoder, requests: list[Request], s: SamplingSettings) -> list:
+    return BlockEngine(decoder, SDAR, max_active=len(requests)).generate(requests, s)
+
+
+def assert_equal_to_eager(engine: PagedBlockEngine, requests: list[Request], s: SamplingSettings) -> None:
+    for ours, theirs in zip(engine.generate(requests, s), eager(engine.decoder, requests, s), strict=True):
+        assert_same(ours, theirs)
+
+
+def least_pages(requests: list[Request], s: SamplingSettings) -> int:
+    longest = max(len(r.prompt_ids) + r.limit(n, s) for r in requests for n in range(r.num_samples))
+    return 1 + pages_of(-(-longest // s.block_size) * s.block_size)
+
+
+def mixed_requests(count: int, seed: int, longest_prompt: int = 150, longest_response: int = 90, samples: int = 4) -> list[Request]:
+    """Prompts that span pages, with several samples each and lengths of their own."""
+    rng = random.Random(seed)
+    requests = random_requests([rng.randrange(1, longest_prompt) for _ in range(count)])
+    limits = lambda: tuple(rng.randrange(1, longest_response) for _ in range(rng.randrange(1, samples + 1)))  # noqa: E731
+    return [dataclasses.replace(r, num_samples=len(n), max_tokens=n) for r, n in ((r, limits()) for r in requests)]
+
+
+def smallest_capacity(self: Demand, num_active: int) -> Capacity:
+    return Capacity(item_bucket(num_active), 1, self.block_size)
+
+
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic", "sequential", "entropy_bounded"])
+@pytest.mark.parametrize("size", [1, 2, 4, 8])
+def test_equals_the_eager_engine(size: int, strategy: str) -> None:
+    """Prompts of every length up to 20, the empty one where scores do not tie; every target, several decodings; slots reused."""
+    decoder = random_decoder()
+    engine = PagedBlockEngine(decoder, SDAR, max_active=7)
+    for n, target in enumerate(THRESHOLD):
+        s = settings(
+            block_size=size,
+            strategy=strategy,
+            target=target,
+            threshold=THRESHOLD[target],
+            entropy_bound=1.5,
+            steps_per_block=[size, max(1, size // 2), min(3, size)][n % 3],
+            **DECODINGS[(n + size) % len(DECODINGS)],
+        )
+        first = 0 if strategy == "sequential" or target == "random" and strategy != "entropy_bounded" else 1
+        assert_equal_to_eager(engine, random_requests(list(range(first + n % 2, 21, 2))), s)
+
+
+@pytest.mark.parametrize("size", [1, 4])
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic"])
+def test_results_do_not_depend_on_capacities(size: int, strategy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With room for one commit and one block's masked rows, most sequences wait most of the time."""
+    decoder = random_decoder(1)
+    requests = random_requests([5, 12, 3, 9, 66, 20], num_samples=2)
+    s = settings(block_size=size, strategy=strategy, threshold=0.3)
+    monkeypatch.setattr(Demand, "capacity", smallest_capacity)
+    engine = PagedBlockEngine(decoder, SDAR, max_active=8)
+    assert_equal_to_eager(engine, requests, s)
+    assert engine.statistics.stalled > engine.statistics.sequence_forwards
+
+
+def test_the_smallest_cache_serves_many_requests() -> None:
+    """Every page comes back (`finish` asserts it); one page less is refused with the numbers."""
+    decoder = random_decoder(2)
+    requests = mixed_requests(6, seed=3, longest_response=60)
+    s = settings(strategy="low_confidence_dynamic", threshold=0.3, stop_ids=())
+    least = least_pages(requests, s)
+    engine = PagedBlockEngine(decoder, SDAR, max_active=8, cache_pages=least)
+    assert_equal_to_eager(engine, requests, s)
+    assert engine.cache.num_pages == least
+    assert 1 < engine.statistics.mean_active < 7
+    with pytest.raises(UserError, match=rf"got {least - 1}.*needs {least} pages"):
+        PagedBlockEngine(decoder, SDAR, max_active=8, cache_pages=least - 1).generate(requests, s)
+    roomy = PagedBlockEngine(decoder, SDAR, max_active=8)
+    for ours, theirs in zip(roomy.generate(requests, s), engine.generate(requests, s), strict=True):
+        assert_same(ours, theirs)
+    assert roomy.cache.num_pages <= 1 + 8 * (least - 1)
+
+
+@pytest.mark.slow
+def test_a_thousand_requests_in_a_third_of_their_cache() -> None:
+    requests = mixed_requests(1024, seed=5, samples=2)
+    s = settings(strategy="low_confidence_dynamic", threshold=0.3)
+    decoder = random_decoder(2)
+    least = least_pages(requests, s)
+    expected = eager(decoder, requests, s)
+    for cache_pages in [32 * least // 3, least]:
+        engine = PagedBlockEngine(decoder, SDAR, max_active=32, cache_pages=cache_pages)
+        for ours, theirs in zip(engine.generate(requests, s), expected, strict=True):
+            assert_same(ours, theirs)
+    engine = PagedBlockEngine(decoder, SDAR)
+    alone = [rollout for request in requests[::8] for rollout in engine.generate([request], s)]
+    together = {(r.task_id, r.sample): r for r in expected}
+    for ours in alone:
+        assert_same(ours, together[ours.task_id, ours.sample])
+
+
+def test_prompts_are_computed_once_and_shared() -> None:
+    decoder = random_decoder()
+    engine = PagedBlockEngine(decoder, SDAR, max_active=3)
+    requests = random_requests([2 * PAGE, PAGE + 9, 130], num_samples=5)
+    assert_equal_to_eager(engine, requests, settings())
+    assert engine.statistics.prefill_tokens == 2 * PAGE + PAGE + 8 + 128
+    assert engine.statistics.sequences == 15
+
+
+def test_prefills_are_packed_up_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    prefill = paged_block.prefill_attention
+    monkeypatch.setattr(paged_block, "prefill_attention", lambda *args: calls.append(args[4].tolist()) or prefill(*args))
+    monkeypatch.setattr(paged_block, "PREFILL_TOKENS", 40)
+    engine = PagedBlockEngine(random_decoder(), SDAR)
+    assert_equal_to_eager(engine, random_requests([13, 21, 8, 3, 61, 5]), settings())
+    assert calls[::2] == [[12, 20, 8], [60], [4]]  # once per layer
+
+
+def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(paged_block, "RESULT_POSITIONS", 1)
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=2)
+    assert_equal_to_eager(engine, mixed_requests(9, seed=1), settings())
+    assert len(engine.device_state.results.tokens) == 4 < engine.statistics.sequences
+
+
+def test_state_and_cache_grow_from_call_to_call() -> None:
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=6)
+    for lengths, max_tokens, size in [([5, 9], 6, 4), ([5, 100, 7, 3, 8], 80, 4), ([5, 9], 6, 4), ([3], 11, 2), ([3], 11, 4)]:
+        s = settings(max_tokens=max_tokens, block_size=size)
+        assert_equal_to_eager(engine, random_requests(lengths, num_samples=2), s)
+
+
+def test_new_weights_are_seen_and_the_cache_is_released() -> None:
+    decoder = random_decoder()
+    engine = PagedBlockEngine(decoder, SDAR)
+    requests, s = random_requests([6, 9, 70]), settings(temperature=0.0)
+    assert {r.weights_version for r in engine.generate(requests, s, weights_version=3)} == {3}
+    for parameter in decoder.parameters():
+        parameter.copy_(parameter.roll(1, 0))
+    engine.release()
+    assert engine.cache.num_pages == 0
+    assert_equal_to_eager(engine, requests, s)
+
+
+def test_an_interrupted_call_leaves_a_working_engine() -> None:
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=4)
+    requests, s = random_requests([6, 9, 70, 3, 12], num_samples=2), settings()
+
+    def interrupt(finished: int, tokens: int, forwards: int) -> None:
+        if finished:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        engine.generate(requests, s, progress=interrupt)
+    assert_equal_to_eager(engine, requests, s)
+
+
+def test_progress_and_statistics() -> None:
+    calls = []
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=3)
+    rollouts = engine.generate(random_requests([6, 7, 8, 9]), settings(), progress=lambda *args: calls.append(args))
+    tokens, forwards = sum(len(r.response_ids) for r in rollouts), sum(r.num_forwards for r in rollouts)
+    assert calls[-1] == (4, tokens, forwards)
+    statistics = engine.statistics
+    # What is known is a step late: nothing after the first step, and a last step that has nothing to do.
+    assert calls[0] == (0, 0, 0) and len(calls) == statistics.engine_forwards + 1
+    assert statistics.tokens_per_forward == tokens / forwards and statistics.stalled == 0
+    blocks = sum((len(r.prompt_ids) + len(r.response_ids)) // 4 - len(r.prompt_ids) // 4 for r in rollouts)
+    assert statistics.commit_items == blocks - 4  # a sequence's last block is never committed
+
+
+class SomeOfTheList(ListQueue):
+    """What another rank has left of a list."""
+
+    def __init__(self, requests: list[Request], units: list[Unit]) -> None:
+        super().__init__(requests)
+        self._left.clear()
+        self._left.extend(units)
+
+
+def test_a_queue_says_what_is_sampled() -> None:
+    decoder = random_decoder()
+    requests, s = random_requests([6, 70, 8, 9], num_samples=5), settings()
+    units = [Unit(0, range(2, 5)), Unit(1, range(1, 2)), Unit(1, range(3, 5)), Unit(3, range(0, 5))]
+    engine = PagedBlockEngine(decoder, SDAR, max_active=4)
+    expected = {(r.task_id, r.sample): r for r in eager(decoder, requests, s)}
+    rollouts = engine.generate(requests, s, queue=SomeOfTheList(requests, units))
+    assert [(r.task_id, r.sample) for r in rollouts] == [(f"task {unit.request}", n) for unit in units for n in unit.samples]
+    for ours in rollouts:
+        assert_same(ours, expected[ours.task_id, ours.sample])
+    assert engine.generate(requests, s, queue=SomeOfTheList(requests, [])) == []
+
+
+def test_which_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = random_decoder()
+    assert type(build_engine(decoder, SDAR)) is BlockEngine
+    assert type(build_engine(decoder, SDAR, 4, "torch")) is BlockEngine
+    assert type(build_engine(decoder, SDAR, 4, "triton")) is PagedBlockEngine
+    with pytest.raises(UserError, match="rollout.engine=triton.*choices: block"):
+        build_engine(decoder, dataclasses.replace(SDAR, attention="full"), 4, "triton")
+    assert KERNEL_ENGINES.names() == ["block"]
+
+
+def test_bad_input() -> None:
+    engine = PagedBlockEngine(random_decoder(), SDAR)
+    assert engine.generate([], settings()) == []
+    with pytest.raises(UserError, match="task 9.*below the vocabulary's 24"):
+        engine.generate([Request("9", [24])], settings())
+    with pytest.raises(UserError, match="shifts its logits"):
+        PagedBlockEngine(random_decoder(), dataclasses.replace(SDAR, logit_shift=1))
+    diverged = random_decoder()
+    diverged.norm.weight.fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="diverged"):
+        PagedBlockEngine(diverged, SDAR).generate(random_requests([4]), settings())
+
+
+# ------------------------------------------------------------------------------------------------------------- capacities
+
+
+def test_buckets_hold_what_they_are_for() -> None:
+    assert [item_bucket(n) for n in [1, 2, 3, 5, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256]] == [
+        1, 2, 4, 8, 32, 32, 64, 64, 96, 128, 128, 192, 256, 256
+    ]  # fmt: skip
+    for size in [1, 2, 4, 8, 16, 32]:
+        demand = Demand(size, size, 151_936)
+        for active in range(1, 300):
+            capacity = demand.capacity(active)
+            assert active <= capacity.items and 1 <= capacity.commits <= capacity.items
+            assert size <= capacity.head_rows <= max(size, min(capacity.items * size, 2**28 // 151_936))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+@pytest.mark.parametrize("together", [True, False])
+def test_capacities_settle_on_what_is_needed(steps: int, together: bool) -> None:
+    """128 sequences of a fixed number of steps per block, begun together or not: soon all run in every step, at the least rows."""
+    size, active = 4, 128
+    demand = Demand(size, steps, 151_936)
+    step = [0 if together else n % steps for n in range(active)]  # in the block
+    commit = [False] * active
+    ran, rows = [], []
+    for _ in range(400):
+        capacity = demand.capacity(active)
+        commits_left, head_left, num_ran, num_commits, num_masked = capacity.commits, capacity.head_rows, 0, 0, 0
+        for n in range(active):
+            masked = size - step[n] * size // steps
+            if commit[n] and not commits_left:
+                continue
+            if masked > head_left:
+                break
+            commits_left -= commit[n]
+            num_commits += commit[n]
+            head_left -= masked
+            num_masked += masked
+            num_ran += 1
+            step[n] = (step[n] + 1) % steps
+            commit[n] = step[n] == 0
+        demand.observe(num_ran, num_commits, num_masked)
+        ran.append(num_ran)
+        rows.append((capacity.items + capacity.commits) * size)
+    assert sum(ran[200:]) == 200 * active
+    assert set(rows[200:]) == {(active + active // steps) * size}
