@@ -8,6 +8,7 @@ runs over the first.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Any, Iterator
 
 import numpy as np
@@ -93,53 +94,52 @@ def measure(engine: Engine, requests: list[Request], settings: SamplingSettings,
 
 
 def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
-    """A result per number of canvases, tokens a forward, and cache."""
+    """A result per number of canvases, tokens a forward, and cache, of the chosen engine and then of the torch engine."""
     from benchmarks.rollout import Clock, numbers
 
     family, canvas, itemsize = family_of(arguments.shape), Canvas().shrunk(arguments.shrink), decoder.dtype.itemsize
     cuda, mask_id = decoder.device.type == "cuda", mask_id_of(arguments.shape)
     rng = np.random.default_rng(0)
-    for active in arguments.active:
+    kinds = dict.fromkeys([arguments.engine, "torch"] if arguments.eager_steps else [arguments.engine])
+    for kind, active in itertools.product(kinds, arguments.active):
         requests = [Request(f"task {n}", rng.integers(0, mask_id, canvas.prompt).tolist()) for n in range(active)]
-        engine = build_engine(decoder, family, active, "torch")
-        for reveal in arguments.reveal:
-            steps_of_block = len(SCHEDULES[family.canvas_schedule](canvas.block_size, -(-canvas.block_size // reveal)))
-            for name in arguments.caches:
-                settings = SamplingSettings(
-                    max_tokens=canvas.response,
-                    mask_id=mask_id,
-                    forbidden_ids=(mask_id,),
-                    block_size=canvas.block_size,
-                    steps=canvas.response // canvas.block_size * -(-canvas.block_size // reveal),
-                    **cache_settings(name),
-                )
-                measure(engine, requests, settings, Clock(), steps=3)  # warm
-                if cuda:
-                    torch.cuda.synchronize()
-                    torch.cuda.reset_peak_memory_stats()
-                clock = Clock()
-                measure(engine, requests, settings, clock, steps_of_block if name == "none" else None)
-                tokens, forwards = clock.counts[-1][1:]
-                seconds = clock.times[-1] - clock.started
-                best = limit(family, decoder.config, canvas, name, reveal, active, itemsize, ceilings)
-                yield {
-                    "run": "canvas",
-                    "shape": arguments.shape,
-                    "engine": "torch",
-                    "active": active,
-                    "prompt": canvas.prompt,
-                    "response": canvas.response,
-                    "block_size": canvas.block_size,
-                    "reveal": reveal,
-                    "cache": name,
-                    "steps": len(clock.times),
-                    "seconds": seconds,
-                    "tokens_per_second": tokens / seconds,
-                    "tokens_per_forward": tokens / forwards,
-                    "ms_per_forward": 1e3 * seconds / len(clock.times),
-                    "limit_tokens_per_second": best,
-                    "share_of_limit": tokens / seconds / best,
-                    "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
-                    "statistics": numbers(engine.statistics),
-                }
+        engine = build_engine(decoder, family, active, kind)
+        for reveal, name in itertools.product(arguments.reveal, arguments.caches):
+            per_block = -(-canvas.block_size // reveal)
+            block_steps = len(SCHEDULES[family.canvas_schedule](canvas.block_size, per_block))
+            settings = SamplingSettings(
+                max_tokens=canvas.response,
+                mask_id=mask_id,
+                forbidden_ids=(mask_id,),
+                block_size=canvas.block_size,
+                steps=canvas.response // canvas.block_size * per_block,
+                **cache_settings(name),
+            )
+            measure(engine, requests, settings, Clock(), steps=block_steps + 1)  # for what is compiled on the way
+            if cuda:
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+            clock = Clock()
+            measure(engine, requests, settings, clock, block_steps if name == "none" else None)
+            tokens, forwards = clock.counts[-1][1:]
+            seconds = clock.times[-1] - clock.started
+            best = limit(family, decoder.config, canvas, name, reveal, active, itemsize, ceilings)
+            yield {
+                "run": "canvas",
+                "shape": arguments.shape,
+                "engine": kind,
+                "active": active,
+                **dataclasses.asdict(canvas),
+                "reveal": reveal,
+                "cache": name,
+                "steps": len(clock.times),
+                "seconds": seconds,
+                "tokens_per_second": tokens / seconds,
+                "tokens_per_forward": tokens / forwards,
+                "ms_per_forward": 1e3 * seconds / len(clock.times),
+                "limit_tokens_per_second": best,
+                "share_of_limit": tokens / seconds / best,
+                "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+                "statistics": numbers(engine.statistics),
+            }
         engine.release()

@@ -322,7 +322,9 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=1000, help="tokens that a sequence sees, on average")
     parser.add_argument("--reveal", type=integers, default=[1], help="tokens a forward, several by commas")
     parser.add_argument("--steps", type=int, default=200, help="forwards that are timed")
-    parser.add_argument("--eager-steps", type=int, default=16, help="of the torch engine beside another; 0: leave it out")
+    parser.add_argument(
+        "--eager-steps", type=int, default=16, help="of the torch engine beside another (canvases: all); 0: leave it out"
+    )
     parser.add_argument("--engine", choices=["triton", "torch"], help="triton on a GPU, else torch")
     parser.add_argument("--realistic", action="store_true")
     parser.add_argument("--shrink", type=int, default=1, help="divides the lengths of the realistic run and of canvases")

@@ -72,7 +72,7 @@ def long_document(arguments: argparse.Namespace, length: int, vocab: int) -> Doc
     response = Response(rng.integers(0, vocab, arguments.prompt), rng.integers(0, vocab, length), length)
     masks = dict(lower_p=0.1, upper_p=0.9, mask_ratio="per_block", mask_times_per_sample=arguments.masks)
     others = dict(loss_weight_by_ratio=False, complementary_mask=arguments.complementary, post_num=None, shrink=1)
-    training = SimpleNamespace(**masks, **others)
+    training = SimpleNamespace(**masks, **others, block_size=size)
     if arguments.method == "trace":  # every step reveals one token: as many slices as there can be
         response.step_map = np.arange(1, length + 1)
         trace = trace_slices(response, size, training, rng)

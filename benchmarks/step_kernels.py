@@ -1,4 +1,4 @@
-"""Times of the kernels around the forward of a step: plan, sampler, reveal. One GPU; microseconds, without launch.
+"""Times of the kernels around the forward of a step: plan, sampler, reveal. One GPU.
 
     python -m benchmarks.step_kernels --items 128 --vocab 151936
 """
@@ -10,6 +10,7 @@ from typing import Callable
 
 import torch
 
+from benchmarks.kernels import microseconds
 from sample.engine import SamplingSettings
 from sample.kernels.plan import make_plan
 from sample.kernels.reveal import reveal_and_advance
@@ -52,35 +53,14 @@ def step_kernel_cases(items: int = 128, vocab_size: int = 151_936, block_size: i
     }
 
 
-def measure(cases: dict[str, Callable[[], object]], repeats: int = 20) -> dict[str, float]:
-    """Microseconds of each case, from replays of a CUDA graph of `repeats` calls, so that launches are not counted."""
-    times = {}
-    for name, case in cases.items():
-        case()  # compiles
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for _ in range(repeats):
-                case()
-        graph.replay()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        for _ in range(5):
-            graph.replay()
-        end.record()
-        end.synchronize()
-        times[name] = 1000 * begin.elapsed_time(end) / (5 * repeats)
-    return times
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=int, default=128)
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--block-size", type=int, default=4)
     arguments = parser.parse_args()
-    for name, microseconds in measure(step_kernel_cases(arguments.items, arguments.vocab, arguments.block_size)).items():
-        print(f"{name:<55}{microseconds:9.1f} us")
+    for name, case in step_kernel_cases(arguments.items, arguments.vocab, arguments.block_size).items():
+        print(f"{name:<55}{microseconds([case]):9.1f} us")
 
 
 if __name__ == "__main__":

@@ -29,7 +29,6 @@ import time
 import uuid
 import warnings
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Iterator, TypeVar
 
 import torch
@@ -264,35 +263,6 @@ def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
     return float(norm)
 
 
-# ------------------------------------------------------------------------------------------------------------- the state
-
-
-def _trains_all(accelerator: Accelerator) -> bool:
-    return all(p.requires_grad for model in accelerator._models for p in model.parameters())
-
-
-def save_state(accelerator: Accelerator, folder: Path) -> None:
-    """Trained weights, optimizer and random states of all that was prepared; frozen weights are where they were read from."""
-
-    def drop_frozen(models: list[torch.nn.Module], weights: list[dict[str, torch.Tensor]], folder: str) -> None:
-        for model, state in zip(models, weights):  # under DeepSpeed there are none
-            for name, parameter in model.named_parameters():
-                if not parameter.requires_grad:
-                    state.pop(name, None)
-
-    hook = accelerator.register_save_state_pre_hook(drop_frozen)
-    # Tied weights are one tensor under two names: safetensors would refuse, torch.save keeps them tied.
-    options = {} if _trains_all(accelerator) else {"exclude_frozen_parameters": True}
-    accelerator.save_state(str(folder), safe_serialization=False, **options)
-    hook.remove()
-
-
-def load_state(accelerator: Accelerator, folder: Path) -> None:
-    """What `save_state` has written, into what is prepared."""
-    strict = "load_module_strict" if uses_deepspeed(accelerator) else "strict"
-    accelerator.load_state(str(folder), **({} if _trains_all(accelerator) else {strict: False}))
-
-
 # ------------------------------------------------------------------------------------------------------ between the ranks
 
 
@@ -339,13 +309,14 @@ class SharedCounter:
 
 @contextmanager
 def main_first(accelerator: Accelerator) -> Iterator[None]:
-    """Rank 0 runs the body first (it downloads, generates, caches), the others once it is through, also if it failed."""
-    if not accelerator.is_main_process:
+    """The first rank of every machine runs the body first (it downloads, generates, caches), the others once those are through,
+    also if they failed."""
+    if not accelerator.is_local_main_process:
         barrier(accelerator)
     try:
         yield
     finally:
-        if accelerator.is_main_process:
+        if accelerator.is_local_main_process:
             barrier(accelerator)
 
 

@@ -264,7 +264,7 @@ class Hub(Link):
                     if message["kind"] == "hello":
                         machine.report = message["report"]
                     elif message["kind"] == "leave":
-                        raise UserError(f"{machine.name}: {message['line']}")
+                        raise UserError(f"{machine.name}: {(message['line'] or 'has ended').removeprefix('error: ')}")
                     elif message["kind"] == "order":
                         raise UserError(f"{machine.name}: was ended by a signal before it was ready")
                 machine.wire.beat()

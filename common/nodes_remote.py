@@ -120,10 +120,21 @@ class Remote:
         if self.released:
             self.forward()
         for process in self.processes:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
+            for pid in [process.pid, *_children(process.pid)]:  # each ssh of pdsh is a session of its own
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             process.wait()
             process.stdout.close()
+
+
+def _children(parent: int) -> list[int]:
+    """Process ids of the living children (Linux; elsewhere none)."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
 
 
 def remote_commands(
@@ -135,7 +146,9 @@ def remote_commands(
     from deepspeed.launcher.runner import encode_world_info, parse_args
 
     others = list(range(1, place.number))
-    options = ["-o", "BatchMode=yes", *(word for option in system.ssh_options for word in ("-o", option))]
+    # Of two values of an option ssh takes the first.
+    named = [*system.ssh_options, "BatchMode=yes", "ServerAliveInterval=10", "ServerAliveCountMax=3"]
+    options = [word for option in named for word in ("-o", option)]
     hosts = {place.hosts[i]: [0] for i in others}  # device 0: DeepSpeed starts one process per device
     if len(hosts) != len(others):
         raise UserError(f"MLP_WORKER_<i>_HOST: got {', '.join(place.hosts)}: every machine needs an address of its own")

@@ -423,5 +423,13 @@ def _check_sft(config: Config) -> None:
         for key in ["complementary_mask", "loss_weight_by_ratio"]:
             if getattr(t, key):
                 raise UserError(f"training.{key}: got true, but method {t.method} draws no masks: choose semi-ar, or leave it out")
+    from models.registry import FAMILIES
+
+    is_canvas = FAMILIES.get(config.model.model_base).attention == "full"
+    if is_canvas and t.loss_weight_by_ratio and t.loss_weighting == "reference":
+        raise UserError(
+            "training.loss_weight_by_ratio: got true with loss_weighting=reference, which for full attention is the mean over the "
+            "masked tokens of a row and weighs by 1/ratio already: choose loss_weighting token or response"
+        )
     if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")

@@ -173,7 +173,7 @@ class Decoding:
     """Sequences in flight per process, at most (fewer where the memory is short); full attention: see batch_size too. RL samples its
     evaluations with rollout.max_active."""
     alg_temp: float = 0.0
-    """Full attention: draw the positions to reveal in proportion to exp(score / alg_temp); 0: the best ones. Scores are as `target`."""
+    """Full attention: draw the positions to reveal in proportion to exp(score / alg_temp), scores as of target; 0: the best."""
     pad_target_penalty: float = 1.0
     """Full attention: the score of a position is divided by this where the token drawn for it is the pad token."""
     start_with_think: bool = False
@@ -309,10 +309,8 @@ class LoRA:
     """Of the adapter; null or 0: none, all weights train (an adapter that pretrained_model names is merged first)."""
     alpha: float | None = None
     """The adapter counts alpha/rank times; null: 2 * rank."""
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-    )
-    """Layers that get one, by their published names, or all-linear."""
+    target_modules: list[str] = field(default_factory=lambda: ["all-linear"])
+    """Layers that get one, by their published names (q_proj, ...; LLaDA: attn_out, ff_proj, ...), or all-linear."""
     dropout: float = 0.0
     """SFT: share of the adapter's inputs that are dropped. (RL trains the very distribution that it samples.)"""
     save_merged: bool = False

@@ -286,16 +286,21 @@ def render(record: dict[str, Any], chat_style: str, tokenizer: Any, use_template
 
 
 def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Give every record the step map that the model would have unmasked it by, in place (sample/steps_of_text.py)."""
+    """Give every record the step map that the model would have unmasked it by, in place."""
     import torch
     from tqdm import tqdm
 
     from models.checkpoint import check_tokenizer, load_pretrained
     from models.registry import FAMILIES
     from sample.engine import SamplingSettings
+    from sample.steps_of_canvas import steps_of_canvases
     from sample.steps_of_text import Text, steps_of_texts
 
-    FAMILIES.get(options.model_base, "--model-base")
+    size, canvas = options.block_size, options.canvas
+    is_full = FAMILIES.get(options.model_base, "--model-base").attention == "full"
+    if is_full != (canvas is not None):
+        why = "a response is filled up to it: give training.max_gen_length" if is_full else "it is for full attention: leave it out"
+        raise UserError(f"--canvas: got {'nothing' if canvas is None else canvas} with --model-base {options.model_base}: {why}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = load_pretrained(options.sample_steps, options.model_base, dtype, device, check=check_tokenizer)
@@ -303,8 +308,9 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
         max_tokens=1,
         mask_id=model.mask_id,
         forbidden_ids=tuple(model.forbidden_ids),
-        block_size=options.block_size,
+        block_size=size,
         steps_per_block=options.steps_per_block,
+        steps=options.steps_per_block * -(-canvas // size) if is_full and options.steps_per_block else None,
         strategy=options.strategy,
         threshold=options.threshold,
         seed=options.seed,
@@ -314,11 +320,18 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
         own = as_record(record, str(number))
         is_chat = not options.plain
         prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, is_chat, not options.fixed_form)
-        fill = [model.fill_id] * (-(len(prompt_ids) + len(response_ids)) % options.block_size)
-        texts.append(Text(own.id, prompt_ids, response_ids + fill))
+        if not is_full:
+            num_fill = -(len(prompt_ids) + len(response_ids)) % size
+        else:  # the ids of a rollout are a canvas
+            num_fill = 0 if "response_ids" in record else max(0, canvas - len(response_ids))
+        texts.append(Text(own.id, prompt_ids, response_ids + [model.fill_id] * num_fill))
     with tqdm(total=len(texts), desc="step maps", unit="text", leave=False, disable=None, delay=1.0) as bar:
         progress = lambda finished: bar.update(finished - bar.n)  # noqa: E731
-        maps = steps_of_texts(model.decoder, texts, settings, options.max_tokens_per_forward, progress=progress)
+        rest = dict(max_tokens=options.max_tokens_per_forward, progress=progress)
+        if is_full:
+            maps = steps_of_canvases(model.decoder, model.family, texts, settings, **rest)
+        else:
+            maps = steps_of_texts(model.decoder, texts, settings, **rest)
     for record, steps in zip(records, maps, strict=True):
         record["step_map"] = steps[: len(record["response_ids"])] if "response_ids" in record else steps
 
@@ -348,11 +361,12 @@ def main_options(argv: list[str] | None) -> argparse.Namespace:
     steps.add_argument("--sample-steps", metavar="MODEL", help="unmask every response with this model and keep the order")
     steps.add_argument("--model-base", default="sdar", help="its family (default: sdar)")
     steps.add_argument("--block-size", type=int, default=4, help="training.block_size (default: 4)")
+    steps.add_argument("--canvas", type=int, metavar="TOKENS", help="full attention: training.max_gen_length")
     dynamic = "low_confidence_dynamic"
     steps.add_argument("--strategy", default=dynamic, help=f"as rollout.remasking_strategy (default: {dynamic})")
     steps.add_argument("--threshold", type=float, default=0.9, help="as rollout.dynamic_threshold (default: 0.9)")
     steps.add_argument("--steps-per-block", type=int, help="as rollout.denoising_steps_per_block (default: block size)")
-    steps.add_argument("--max-tokens-per-forward", type=int, default=16384, help="two per token of text (default: 16384)")
+    steps.add_argument("--max-tokens-per-forward", type=int, default=16384, help="two per token of text, or one (default: 16384)")
     return parser.parse_args(argv)
 
 

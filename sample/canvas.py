@@ -22,7 +22,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.records import Rollout
-from models.decoder import Decoder
+from models.decoder import Attend, Decoder
 from models.family import Family
 from sample import noise
 from sample.canvas_cache import Item, canvas_attention, canvases_that_fit, group_items
@@ -33,72 +33,6 @@ from sample.queue import ListQueue, WorkQueue
 from sample.registry import UNMASKING
 from sample.sampling import Draws, draw_rows
 from sample.unmask import Candidates
-
-
-class CanvasEngine:
-    """Samples from a full-attention decoder; keeps its cache between calls."""
-
-    def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
-        if max_active < 1:
-            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
-        self.decoder, self.family, self.max_active = decoder, family, max_active
-        self.cache: KVCache | None = None
-        self.max_rows = 0  # of a forward, as the memory was when the cache was made
-        self.statistics = Statistics()
-
-    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
-    @torch.no_grad()
-    def generate(
-        self,
-        requests: list[Request],
-        settings: SamplingSettings,
-        weights_version: int = 0,
-        progress: Progress | None = None,
-        queue: WorkQueue | None = None,
-    ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
-        started = time.perf_counter()
-        self.statistics = Statistics()
-        queue = queue or ListQueue(requests)
-        if queue.share == 0:
-            return []
-        settings = dataclasses.replace(settings, top_p_first=self.family.top_p_first)
-        num_slots, length, max_rows = self._reserve(requests, settings, min(self.max_active, queue.share))
-        slots = (num_slots, length)
-        generation = CanvasGeneration(self, slots, max_rows, requests, settings, weights_version, queue)
-        while generation.admit():
-            generation.step()
-            generation.retire()
-            self.statistics.seconds = time.perf_counter() - started
-            if progress is not None:
-                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
-        return [rollout for _, rollout in sorted(generation.rollouts.items())]
-
-    def release(self) -> None:
-        self.cache = None
-
-    def _reserve(self, requests: list[Request], settings: SamplingSettings, wanted: int) -> tuple[int, int, int]:
-        """(slots, positions of each, rows of a forward) for the longest request and as many canvases as are wanted and fit, with a
-        cache for them where the settings ask for one."""
-        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        for request in requests:
-            if self.family.logit_shift and not request.prompt_ids:
-                raise UserError(
-                    f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
-                )
-            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
-                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
-        length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
-        wanted = min(wanted, settings.batch_size or wanted)
-        has_cache = settings.cache != "none"
-        if not has_cache or (self.cache is not None and not self.cache.fits(config, wanted, length, dtype, device)):
-            self.release()
-        if self.cache is not None:
-            return min(wanted, self.cache.num_slots), self.cache.length, self.max_rows
-        num_slots, self.max_rows = canvases_that_fit(config, wanted, length, has_cache, dtype, device)
-        if has_cache:
-            self.cache = KVCache(config, num_slots, length, dtype, device)
-        return num_slots, length, self.max_rows
 
 
 def canvas_end(request: Request, sample: int, settings: SamplingSettings) -> int:
@@ -253,9 +187,10 @@ class CanvasGeneration:
             packed[0], packed[1], packed[2:8], packed[8], packed[9].bool().view(candidates.shape),
         )  # fmt: skip
 
-        hidden = self.decoder(self.tokens.view(-1)[entries], positions, canvas_attention(groups, entries, self.cache))
+        attend = canvas_attention(groups, self.cache)
+        hidden = self.forward(self.tokens.view(-1)[entries], positions, entries, attend)  # [N, D]
         keys = noise.row_keys(self.key[slots], head_positions, forwards)
-        draws = draw_rows(self.decoder, hidden[head_rows], keys, self.settings, self.forbidden)
+        draws = self.draw(hidden[head_rows], keys)
         reveal = self.reveal(self._candidates(draws, keys, at, masked, count), self.settings)  # [n, B]
 
         revealed = reveal.flatten()[at]  # [M]
@@ -271,6 +206,20 @@ class CanvasGeneration:
         self.statistics.sequence_forwards += len(items)
         status = torch.stack([reveal, stopped]).cpu()  # the one read of the step
         self._advance([item.slot for item in items], *status)
+
+    def forward(self, tokens: Tensor, positions: Tensor, entries: Tensor, attend: Attend) -> Tensor:
+        """Hidden states [N, D] of rows; entries int64 [N]: slot*T + position, where their keys and values are stored."""
+
+        def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.cache is not None:
+                self.cache.write(layer, entries, k, v)
+            return attend(layer, q, k, v)
+
+        return self.decoder(tokens, positions, store_and_attend)
+
+    def draw(self, hidden: Tensor, keys: Tensor) -> Draws:
+        """A token for each of the rows [M, D] that predict, with noise keys int32 [M, 2]."""
+        return draw_rows(self.decoder, hidden, keys, self.settings, self.forbidden)
 
     def _lay_out(self, items: list[Item], clocks: list[Clock]) -> tuple[list[Tensor], list[Tensor], Tensor]:
         """What a forward over `items` computes and predicts (host tensors):
@@ -345,3 +294,72 @@ class CanvasGeneration:
             )
         self.statistics.sequences += len(self.done)
         self.done = []
+
+
+class CanvasEngine:
+    """Samples from a full-attention decoder; keeps its cache between calls."""
+
+    generation = CanvasGeneration
+    """What one call runs."""
+
+    def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
+        if max_active < 1:
+            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+        self.decoder, self.family, self.max_active = decoder, family, max_active
+        self.cache: KVCache | None = None
+        self.max_rows = 0  # of a forward, as the memory was when the cache was made
+        self.statistics = Statistics()
+
+    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
+    @torch.no_grad()
+    def generate(
+        self,
+        requests: list[Request],
+        settings: SamplingSettings,
+        weights_version: int = 0,
+        progress: Progress | None = None,
+        queue: WorkQueue | None = None,
+    ) -> list[Rollout]:
+        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
+        started = time.perf_counter()
+        self.statistics = Statistics()
+        queue = queue or ListQueue(requests)
+        if queue.share == 0:
+            return []
+        settings = dataclasses.replace(settings, top_p_first=self.family.top_p_first)
+        num_slots, length, max_rows = self._reserve(requests, settings, min(self.max_active, queue.share))
+        slots = (num_slots, length)
+        generation = self.generation(self, slots, max_rows, requests, settings, weights_version, queue)
+        while generation.admit():
+            generation.step()
+            generation.retire()
+            self.statistics.seconds = time.perf_counter() - started
+            if progress is not None:
+                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
+        return [rollout for _, rollout in sorted(generation.rollouts.items())]
+
+    def release(self) -> None:
+        self.cache = None
+
+    def _reserve(self, requests: list[Request], settings: SamplingSettings, wanted: int) -> tuple[int, int, int]:
+        """(slots, positions of each, rows of a forward) for the longest request and as many canvases as are wanted and fit, with a
+        cache for them where the settings ask for one."""
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        for request in requests:
+            if self.family.logit_shift and not request.prompt_ids:
+                raise UserError(
+                    f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
+                )
+            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
+                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
+        length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
+        wanted = min(wanted, settings.batch_size or wanted)
+        has_cache = settings.cache != "none"
+        if not has_cache or (self.cache is not None and not self.cache.fits(config, wanted, length, dtype, device)):
+            self.release()
+        if self.cache is not None:
+            return min(wanted, self.cache.num_slots), self.cache.length, self.max_rows
+        num_slots, self.max_rows = canvases_that_fit(config, wanted, length, has_cache, dtype, device)
+        if has_cache:
+            self.cache = KVCache(config, num_slots, length, dtype, device)
+        return num_slots, length, self.max_rows

@@ -85,15 +85,11 @@ def group_items(items: list[Item], device: torch.device) -> list[Group]:
     return groups
 
 
-def canvas_attention(groups: list[Group], entries: Tensor, cache: KVCache | None) -> Attend:
-    """Attention of a forward over `groups`. Without a cache all items have to be whole.
-
-    entries int64 [N]: slot*T + position, where the rows' keys and values are stored.
-    """
+def canvas_attention(groups: list[Group], cache: KVCache | None) -> Attend:
+    """Attention of a forward over `groups`, whose rows' keys and values are in the cache already. Without a cache all items have to
+    be whole."""
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if cache is not None:
-            cache.write(layer, entries, k, v)
         outs = []
         for group in groups:
             rows = slice(group.first, group.first + group.count * group.rows)

@@ -58,4 +58,7 @@ class CudaGraphs:
 
     def clear(self) -> None:
         """Drop all graphs: an address that they hold has changed."""
-        self.graphs.clear()
+        if self.graphs:
+            torch.cuda.synchronize(self.device)  # none may be running
+            self.graphs.clear()
+            self.pool = torch.cuda.graph_pool_handle()  # the old one went with its last graph

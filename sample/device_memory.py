@@ -140,7 +140,10 @@ class DeviceMemory:
                 call("cuMemUnmap", address, size)
             raise
         self.region_bytes = size
-        return torch.as_tensor(Mapped(self.base, self.num_regions, size, self.stride), device=self.device).zero_()
+        regions = torch.as_tensor(Mapped(self.base, self.num_regions, size, self.stride), device=self.device)
+        for region in regions:  # each is contiguous: a memset
+            region.zero_()
+        return regions
 
     def give_back(self) -> None:
         """Give the memory, not the addresses, back to the driver."""

@@ -12,6 +12,7 @@ ENGINES.register("full", "sample.canvas:CanvasEngine")
 KERNEL_ENGINES: Registry = Registry("attention kind with an engine of kernels")
 """Likewise: engines in Triton and CUDA graphs, for the attention kinds that have one."""
 KERNEL_ENGINES.register("block", "sample.paged_block:PagedBlockEngine")
+KERNEL_ENGINES.register("full", "sample.canvas_kernels:KernelCanvasEngine")
 
 UNMASKING: Registry = Registry("unmasking strategy")
 """Functions (Candidates, SamplingSettings) -> bool [S, B], the positions to reveal (sample/unmask.py)."""

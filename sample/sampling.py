@@ -6,7 +6,7 @@ Shapes: M masked rows, V vocabulary. Forbidden ids come in with logits of -inf: 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Callable
 
 import torch
 from torch import Tensor
@@ -100,15 +100,17 @@ def draw(logits: Tensor, keys: Tensor, s: SamplingSettings) -> Draws:
 
 
 def draw_rows(decoder: Decoder, hidden: Tensor, keys: Tensor, s: SamplingSettings, forbidden: Tensor | None) -> Draws:
-    """One token per row of `hidden` [M, D]: so many rows of logits at a time that they stay small.
-
-    `keys` as of `draw`; `forbidden` int64: ids without probability.
-    """
+    """One token per row of `hidden` [M, D]. `keys` as of `draw`; `forbidden` int64: ids without probability."""
 
     def draw_some(rows: Tensor, keys: Tensor) -> Draws:
         return draw(decoder.lm_head(rows, lambda x, weight: scaled_logits(x, weight, s.logits_temperature, forbidden)), keys, s)
 
-    at_a_time = max(1, LOGITS_AT_A_TIME // decoder.config.vocab_size)
+    return in_parts(draw_some, hidden, keys, decoder.config.vocab_size)
+
+
+def in_parts(draw_some: Callable[[Tensor, Tensor], Draws], hidden: Tensor, keys: Tensor, vocab_size: int) -> Draws:
+    """`draw_some` of so many rows of hidden [M, D] and keys [M, 2] at a time that their logits stay small."""
+    at_a_time = max(1, LOGITS_AT_A_TIME // vocab_size)
     parts = [draw_some(*some) for some in zip(hidden.split(at_a_time), keys.split(at_a_time))]
     if len(parts) == 1:
         return parts[0]

@@ -15,7 +15,7 @@ certain where h >= B, and c >= 1 if a commit waits.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -150,14 +150,6 @@ class Results:
             *(zeros(num_rows, dtype=torch.int32) for _ in range(2)),
         )
 
-    def clear(self) -> None:
-        for field in fields(self):
-            getattr(self, field.name).zero_()
-
-    def cpu(self, num_rows: int | None = None) -> Results:
-        """The first rows on the host."""
-        return Results(*(getattr(self, field.name)[:num_rows].cpu() for field in fields(self)))
-
 
 @dataclass
 class Plan:
@@ -180,16 +172,12 @@ class Plan:
     """[n]: k of the item's commit item, or -1."""
     head_rows: Tensor
     """[h]: the masked rows of the forward, item by item; padded with 0."""
-    head_item: Tensor
-    """[h]: their item i; padded with -1."""
     row_keys: Tensor
     """[h, 2]: their noise keys; padded with 0."""
     draw_of: Tensor
     """[n, B]: where in `head_rows` a position is, or -1: not masked, or the item does not run."""
     num_head: Tensor
     """[1]: head rows in use."""
-    num_commits: Tensor
-    """[1]: commit items in use."""
 
     @classmethod
     def empty(cls, n: int, c: int, h: int, block_size: int, device: torch.device | str) -> Plan:
@@ -206,11 +194,9 @@ class Plan:
             num_keys=make(n),
             commit_of=make(n, fill=-1),
             head_rows=make(h),
-            head_item=make(h, fill=-1),
             row_keys=make(h, 2),
             draw_of=make(n, block_size, fill=-1),
             num_head=make(1),
-            num_commits=make(1),
         )
 
     @property

@@ -1,4 +1,4 @@
-"""Step maps of given text: in which order would the engine have unmasked it?
+"""Step maps of given text for block models: in which order would the engine have unmasked it? Full attention: steps_of_canvas.py.
 
 The engine's denoising loop with the text's own tokens: at every forward the masked positions of a block are ranked by what the
 model thinks of the *given* tokens there (`confidence`: their probability), the strategy says which to reveal, and the given tokens
@@ -106,7 +106,7 @@ def _unmask(decoder: Decoder, states: list[_Unmasking], settings: SamplingSettin
         ids = TokenIds(*(x.to(device) for x in (row.document, row.block, row.slice)))
         hidden = decoder(row.input_ids.to(device), row.positions.to(device), attention_backend(backend, ids))
         keys = noise.row_keys(row.keys, row.positions[row.rows], torch.full((len(row.rows),), step)).to(device)
-        score, entropy = _score(decoder, hidden[row.rows.to(device)], row.targets.to(device), keys, settings)
+        score, entropy = score_given(decoder, hidden[row.rows.to(device)], row.targets.to(device), keys, settings)
         grid = torch.zeros(2, row.masked.numel())
         grid[:, row.masked.flatten()] = torch.stack([score, entropy]).cpu()
         score, entropy = grid.unflatten(1, row.masked.shape)  # [S, B]
@@ -164,7 +164,9 @@ def _row(live: list[_Unmasking], settings: SamplingSettings) -> _Row:
     return _Row(**{name: torch.from_numpy(np.concatenate(parts)) for name, parts in columns.items()})
 
 
-def _score(decoder: Decoder, hidden: Tensor, targets: Tensor, keys: Tensor, settings: SamplingSettings) -> tuple[Tensor, Tensor]:
+def score_given(
+    decoder: Decoder, hidden: Tensor, targets: Tensor, keys: Tensor, settings: SamplingSettings
+) -> tuple[Tensor, Tensor]:
     """The target [M] of the given tokens and the entropy [M] at masked rows, some rows at a time."""
     forbidden = torch.tensor(settings.forbidden_ids, device=hidden.device) if settings.forbidden_ids else None
     target = TARGETS.get(settings.target, "target")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Callable, Iterator
 
 import numpy as np
 import torch
@@ -64,6 +64,20 @@ class Tables:
 
 
 @dataclass
+class Packs:
+    """Micro-batches that are laid out one by one, as they are asked for: a step of full-attention rows is many times its text."""
+
+    documents: list[list[Document]]
+    build: Callable[[list[Document]], Pack]
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def __iter__(self) -> Iterator[Pack]:
+        return map(self.build, self.documents)
+
+
+@dataclass
 class StepResult:
     """One optimizer step, reduced over ranks."""
 
@@ -94,12 +108,12 @@ class Trainer:
         self.num_steps = 0
         """Optimizer steps taken: the version of the weights."""
 
-    def micro_batches(self, documents: list[Document]) -> list[Pack]:
+    def micro_batches(self, documents: list[Document]) -> Packs:
         """This rank's packs; their number is the same on every rank."""
         budget = self.config.training.max_tokens_per_microbatch
         own = assign(documents, budget, self.accelerator.num_processes)[self.accelerator.process_index]
         round_to = max(128, budget // PACK_SIZES) if self.accelerator.device.type == "cuda" else 1
-        return [build_pack(d, self.mask_id, round_to, self.logit_shift) for d in own]
+        return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift))
 
     @torch.no_grad()
     def outputs(

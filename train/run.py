@@ -17,6 +17,7 @@ from common.files import link_directory
 from common.metrics import MetricsLog
 from common.report import write_report
 from common.run_dir import STATE_FILE, RunDir
+from common.state import load_state, save_state
 from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_pretrained, save_pretrained
 from models.family import TINY_RANDOM
 from models.lora import merged_folder, prepare_for_training
@@ -94,16 +95,12 @@ class Run:
 
         restore: called with what `save_state` was given; where it raises, the run directory is as it was.
         """
-        folder = dist.broadcast_object(self.accelerator, self.directory.latest_state())
-        saved = dist.broadcast_object(self.accelerator, self.directory.read_state())
+        # Only machine 0 has the run directory.
+        there = (self.directory.latest_state(), self.directory.read_state()) if self.is_main else None
+        folder, saved = dist.broadcast_object(self.accelerator, there)
         if saved is not None:
-            if saved["num_processes"] != self.accelerator.num_processes:
-                raise UserError(
-                    f"{folder}: written by {saved['num_processes']} processes, these are {self.accelerator.num_processes}: "
-                    f"go on with experiment.num_processes={saved['num_processes']}"
-                )
             restore(saved["extra"])
-            dist.load_state(self.accelerator, folder)
+            load_state(self.accelerator, folder)
             self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
             if self.value is not None:
                 self.value.load_state(folder)
@@ -129,7 +126,7 @@ class Run:
         }
 
         def write(folder: Path) -> None:
-            dist.save_state(self.accelerator, folder)
+            save_state(self.accelerator, folder)
             if self.value is not None:
                 self.value.save_state(folder)
             if self.is_main:

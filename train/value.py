@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from common import dist
 from common.records import ScoredRollout
+from common.state import load_state, save_state
 from models.attention import attention_backend
 from models.lora import prepare_for_training
 from models.memory import free_memory_share
@@ -183,13 +184,14 @@ class ValueUpdate:
 
     def save_state(self, folder: Path) -> None:
         """Into FOLDER/value; all ranks together."""
-        dist.save_state(self.trainer.accelerator, folder / dist.VALUE)
+        save_state(self.trainer.accelerator, folder / dist.VALUE)
         if self.trainer.accelerator.is_main_process:
             (folder / dist.VALUE / "num_steps").write_text(str(self.trainer.num_steps))
 
     def load_state(self, folder: Path) -> None:
-        dist.load_state(self.trainer.accelerator, folder / dist.VALUE)
-        self.trainer.num_steps = int((folder / dist.VALUE / "num_steps").read_text())
+        accelerator, file = self.trainer.accelerator, folder / dist.VALUE / "num_steps"
+        load_state(accelerator, folder / dist.VALUE)
+        self.trainer.num_steps = dist.broadcast_object(accelerator, int(file.read_text()) if accelerator.is_main_process else None)
 
     def save_checkpoint(self, folder: Path) -> None:
         state = self.trainer.state_dict()

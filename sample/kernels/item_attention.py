@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sample.kernels.launch import jit, tl, triton, use_kernel
-from sample.kernels.overlap import begin, launch_options
+from sample.kernels.overlap import begin, finish, launch_options
 from sample.pages import PAGE
 
 LOG2_E = 1.4426950408889634
@@ -25,7 +25,7 @@ MAX_TILE = 32
 
 def splits_of(num_items: int) -> int:
     """Programs that share the keys of an item: enough to fill the GPU."""
-    for items, splits in ((4, 16), (16, 8), (31, 4), (63, 2)):
+    for items, splits in ((2, 16), (8, 8), (31, 4), (63, 2)):
         if num_items <= items:
             return splits
     return 1
@@ -43,8 +43,7 @@ def item_attention(
     splits: int | None = None,
     keys_at_a_time: int | None = None,
     num_warps: int = 4,
-    num_stages: int = 2,
-    gather: bool = False,
+    num_stages: int = 3,
 ) -> Tensor:
     """Attention output [N, H, K] of q [N, H, K], normed and rotated.
 
@@ -72,7 +71,7 @@ def item_attention(
     # Twice as many rows where a block is committed, in registers; float32 takes twice the room and has no tensor cores.
     tile = min(16 if q.dtype == torch.float32 else MAX_TILE, max(16, triton.next_power_of_2(rows)))
     if keys_at_a_time is None:
-        keys_at_a_time = 32 if q.dtype == torch.float32 else 128 if splits == 1 and tile == 16 else 64
+        keys_at_a_time = 32 if q.dtype == torch.float32 else 64
     out = torch.empty_like(q)
     partial = out if splits == 1 else q.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
     lse = out if splits == 1 else q.new_empty(splits, num_rows, num_heads, dtype=torch.float32)
@@ -83,12 +82,12 @@ def item_attention(
         num_items, num_rows, block_table.stride(0), head_dim**-0.5 * LOG2_E,
         PAGE_SIZE=PAGE, BLOCK=block_size, HEADS=num_heads, KV_HEADS=num_kv_heads, HEAD_DIM=head_dim,
         SPLITS=splits, TILE=tile, KEYS=keys_at_a_time, SIZE=size,
-        GATHER=gather, num_warps=num_warps, num_stages=num_stages, **launch_options(q),
+        num_warps=num_warps, num_stages=num_stages, **launch_options(q, num_rows, large=True),
     )  # fmt: skip
     if splits > 1:
         _combine_kernel[(num_rows, num_heads)](
             partial, lse, out, num_rows * num_heads,
-            HEAD_DIM=head_dim, SPLITS=splits, SIZE=size, num_warps=2, **launch_options(q),
+            HEAD_DIM=head_dim, SPLITS=splits, SIZE=size, num_warps=2, **launch_options(q, num_rows),
         )  # fmt: skip
     return out
 
@@ -98,10 +97,9 @@ def _item_attention_kernel(
     q, k_cache, v_cache, block_table, order, num_keys, commit_of, out, partial, lse,
     num_items, num_rows, table_stride, scale,
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GATHER: tl.constexpr, OVERLAP: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (key/value head, split and tile of rows, item)."""
-    begin(OVERLAP)
     kv_head = tl.program_id(0)
     split = tl.program_id(1) % SPLITS
     tile = tl.program_id(1) // SPLITS
@@ -113,26 +111,31 @@ def _item_attention_kernel(
     low = split * chunk
     high = tl.minimum(low + chunk, keys)
     pages = block_table + slot.to(tl.int64) * table_stride
+    page0 = tl.load(pages + low // PAGE_SIZE, mask=low < high, other=0)
+    page1 = tl.load(pages + low // PAGE_SIZE + 1, mask=low + PAGE_SIZE < high, other=0)
+    begin(OVERLAP)
     # A branch, not always 2 * TILE rows: 3% faster where few items commit.
     if commit >= 0:
         _attend_rows(
-            q, k_cache, v_cache, pages, out, partial, lse, num_rows, kv_head, split, tile, item * BLOCK,
+            q, k_cache, v_cache, pages, page0, page1, out, partial, lse, num_rows, kv_head, split, tile, item * BLOCK,
             (num_items + commit) * BLOCK, keys, low, high, scale,
-            PAGE_SIZE, BLOCK, HEADS, KV_HEADS, HEAD_DIM, SPLITS, TILE, 2 * TILE, KEYS, SIZE, GATHER,
+            PAGE_SIZE, BLOCK, HEADS, KV_HEADS, HEAD_DIM, SPLITS, TILE, 2 * TILE, KEYS, SIZE,
         )  # fmt: skip
     else:
         _attend_rows(
-            q, k_cache, v_cache, pages, out, partial, lse, num_rows, kv_head, split, tile, item * BLOCK,
+            q, k_cache, v_cache, pages, page0, page1, out, partial, lse, num_rows, kv_head, split, tile, item * BLOCK,
             item * BLOCK, keys, low, high, scale,
-            PAGE_SIZE, BLOCK, HEADS, KV_HEADS, HEAD_DIM, SPLITS, TILE, TILE, KEYS, SIZE, GATHER,
+            PAGE_SIZE, BLOCK, HEADS, KV_HEADS, HEAD_DIM, SPLITS, TILE, TILE, KEYS, SIZE,
         )  # fmt: skip
+    finish(OVERLAP)
 
 
 @jit
 def _attend_rows(
-    q, k_cache, v_cache, pages, out, partial, lse, num_rows, kv_head, split, tile, first_row, commit_row, keys, low, high, scale,
+    q, k_cache, v_cache, pages, page0, page1, out, partial, lse, num_rows, kv_head, split, tile, first_row, commit_row,
+    keys, low, high, scale,
     PAGE_SIZE: tl.constexpr, BLOCK: tl.constexpr, HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HEAD_DIM: tl.constexpr,
-    SPLITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr, GATHER: tl.constexpr,
+    SPLITS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, SIZE: tl.constexpr,
 ):  # fmt: skip
     """Attention of ROWS folded rows to the keys low .. high: TILE of the denoising item, then, if there are more, of its commit
     item. Softmax runs along the tiles of keys (arXiv 2205.14135), in powers of two."""
@@ -152,13 +155,10 @@ def _attend_rows(
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, SIZE], tl.float32)
-    page0 = tl.load(pages + low // PAGE_SIZE, mask=low < high, other=0)
-    page1 = tl.load(pages + low // PAGE_SIZE + 1, mask=low + PAGE_SIZE < high, other=0)
     for first in range(low, high, KEYS):
         key = first + tl.arange(0, KEYS)
-        if GATHER:
-            page = tl.load(pages + key // PAGE_SIZE, mask=key < high, other=0)
-        elif KEYS <= PAGE_SIZE:
+        # Page ids are loaded one tile ahead, so that the loads of keys and values depend on no other load.
+        if KEYS <= PAGE_SIZE:
             page = tl.zeros_like(key) + page0
             page0 = tl.load(pages + (first + KEYS) // PAGE_SIZE, mask=first + KEYS < high, other=0)
         else:
@@ -206,6 +206,7 @@ def _combine_kernel(
     total = tl.sum(weight, axis=0)
     part = tl.load(partial + (split * stride + at)[:, None] * HEAD_DIM + dim[None, :], mask=(dim < HEAD_DIM)[None, :], other=0.0)
     result = tl.sum(part * weight[:, None], axis=0) / tl.where(total > 0.0, total, 1.0)
+    finish(OVERLAP)
     tl.store(out + at * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=dim < HEAD_DIM)
 
 

@@ -15,14 +15,15 @@ from torch import Tensor, nn
 
 from models.logits import matmul_float32
 from sample.kernels.launch import jit, tl, triton, use_kernel
-from sample.kernels.overlap import begin, launch_options
+from sample.kernels.overlap import begin, finish, launch_options
 from sample.kernels.swiglu import silu_mul
 
-MAX_ROWS = 16
-"""Rows up to which the kernel is used: one tile of the tensor cores. Beyond, the library's are as fast."""
+MAX_ROWS = 32
+"""Rows up to which the kernel is used. From some 40 on the library is as fast."""
 
-AHEAD_BYTES = 2**16
-"""Of its weights, what a program has brought to the cache before the kernel before is done (sample/kernels/overlap.py)."""
+FUSE_SILU = True
+MIN_PROGRAMS = 120
+"""Of a product; a GPU of this kind has 132 multiprocessors."""
 SKINNY_DTYPES = [torch.bfloat16]
 """Float32 products are the library's: that mode is for tests."""
 
@@ -39,13 +40,17 @@ class Tiles:
     """S."""
     num_warps: int = 4
     num_stages: int = 3
-    x_first: bool = True
-    """x W' with the rows padded to 16, or W x' with 64 and more outputs (other instructions of the tensor cores)."""
 
 
 def tiles_of(num_outputs: int, num_inputs: int, gated: bool = False) -> Tiles:
-    """The cut that was fastest."""
-    return Tiles(64, 128)
+    """The cut: enough parts that most multiprocessors have a program; with one program each, a load more in flight.
+
+    Measured on an H200 with `python -m benchmarks.kernels --sweep`, shapes of 4B and 8B: the best of some 100 cuts of a product,
+    or within 3% of it.
+    """
+    tiles = -(-num_outputs // 64)
+    parts = 1 if gated else max(1, min(-(-MIN_PROGRAMS // tiles), num_inputs // 512))
+    return Tiles(64, 128, parts, num_stages=3 if tiles * parts > 132 else 4)
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
@@ -58,8 +63,8 @@ def product(module: nn.Module, x: Tensor) -> Tensor:
 
 def gate_up_silu(module: nn.Module, x: Tensor) -> Tensor:
     """silu(gate) * up [N, F] of the fused gate/up product of x [N, D]."""
-    if not _is_skinny(module, x):
-        return silu_mul(module(x))
+    if not FUSE_SILU or not _is_skinny(module, x):
+        return silu_mul(product(module, x))
     return skinny_gate_up(x, module.weight, tiles_of(*module.weight.shape, gated=True))
 
 
@@ -118,53 +123,37 @@ def _share(num_inputs: int, tiles: Tiles) -> int:
 
 def _launch(x: Tensor, weight: Tensor, out: Tensor, num_outputs: int, tiles: Tiles, gated: bool) -> None:
     num_rows, num_inputs = x.shape
-    _skinny_kernel[(triton.cdiv(num_outputs, tiles.outputs), tiles.parts)](
+    _skinny_kernel[(triton.cdiv(num_outputs, tiles.outputs // (2 if gated else 1)), tiles.parts)](
         x, weight, out, num_rows, num_outputs, num_inputs, _share(num_inputs, tiles),
         ROWS=max(16, triton.next_power_of_2(num_rows)), TILE=tiles.outputs, DEPTH=tiles.inputs, GATED=gated,
-        EVEN=num_inputs % tiles.inputs == 0, X_FIRST=tiles.x_first,
-        AHEAD=AHEAD_BYTES // (tiles.outputs * tiles.inputs * x.element_size() * (2 if gated else 1)) * tiles.inputs,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch_options(x),
+        EVEN=num_inputs % tiles.inputs == 0,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch_options(x, num_rows, large=True),
     )  # fmt: skip
-
-
-@jit
-def _prefetch(pointers):
-    """Have the 128 bytes at each pointer brought to the L2 cache."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [pointers.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-    )
 
 
 @jit
 def _skinny_kernel(
     x, weight, out, num_rows, num_outputs, num_inputs, share,
-    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr, X_FIRST: tl.constexpr,
-    AHEAD: tl.constexpr, OVERLAP: tl.constexpr,
+    ROWS: tl.constexpr, TILE: tl.constexpr, DEPTH: tl.constexpr, GATED: tl.constexpr, EVEN: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
-    """Program (tile of outputs, part of the inputs)."""
+    """Program (tile of outputs, part of the inputs). GATED: a tile is gates and ups by turns, of TILE / 2 outputs."""
     part = tl.program_id(1)
-    output = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    place = tl.arange(0, TILE)
+    # Outputs behind the last are computed from the last's weight and not stored: loads need no mask.
+    if GATED:
+        output = tl.minimum(tl.program_id(0) * (TILE // 2) + place // 2, num_outputs - 1) + place % 2 * num_outputs
+    else:
+        output = tl.minimum(tl.program_id(0) * TILE + place, num_outputs - 1)
     row = tl.arange(0, ROWS)
     step = tl.arange(0, DEPTH)
-    # Outputs behind the last are computed from the last's weight and not stored: loads need no mask.
-    weight_at = weight + tl.minimum(output, num_outputs - 1).to(tl.int64)[:, None] * num_inputs
+    weight_at = weight + output.to(tl.int64)[:, None] * num_inputs
     x_at = x + row[:, None] * num_inputs
     row_mask = (row < num_rows)[:, None]
     low = part * share
     high = tl.minimum(low + share, num_inputs)
-    if OVERLAP and EVEN:
-        for first in range(low, tl.minimum(high, low + AHEAD), DEPTH):
-            line = weight_at + (first + tl.arange(0, DEPTH // 64) * 64)[None, :]
-            _prefetch(line)
-            if GATED:
-                _prefetch(line + num_outputs.to(tl.int64) * num_inputs)
     begin(OVERLAP)
-    if X_FIRST:
-        acc = tl.zeros([ROWS, TILE], tl.float32)
-        acc_up = tl.zeros([ROWS, TILE], tl.float32)
-    else:
-        acc = tl.zeros([TILE, ROWS], tl.float32)
-        acc_up = tl.zeros([TILE, ROWS], tl.float32)
+    acc = tl.zeros([TILE, ROWS], tl.float32)
     for first in range(low, high, DEPTH):
         at = (first + step)[None, :]
         # Weights are read once: they need not push the activations out of the cache.
@@ -174,29 +163,21 @@ def _skinny_kernel(
         else:
             w = tl.load(weight_at + at, mask=at < high, other=0.0)
             rows = tl.load(x_at + at, mask=row_mask & (at < high), other=0.0)
-        if X_FIRST:
-            acc += tl.dot(rows, tl.trans(w), input_precision="ieee")
-        else:
-            acc += tl.dot(w, tl.trans(rows), input_precision="ieee")
-        if GATED:
-            up_at = weight_at + num_outputs.to(tl.int64) * num_inputs
-            if EVEN:
-                w_up = tl.load(up_at + at, eviction_policy="evict_first")
-            else:
-                w_up = tl.load(up_at + at, mask=at < high, other=0.0)
-            if X_FIRST:
-                acc_up += tl.dot(rows, tl.trans(w_up), input_precision="ieee")
-            else:
-                acc_up += tl.dot(w_up, tl.trans(rows), input_precision="ieee")
+        # The weight comes first: its 64 outputs are what the tensor cores want at least, the few rows would be padded to that.
+        acc += tl.dot(w, tl.trans(rows), input_precision="ieee")
+    finish(OVERLAP)
+    dtype = out.dtype.element_ty
     if GATED:
-        dtype = out.dtype.element_ty
-        gate = acc.to(dtype).to(tl.float32)
+        gate, up = tl.split(tl.permute(tl.reshape(acc, [TILE // 2, 2, ROWS]), [0, 2, 1]))  # [TILE / 2, ROWS] each
+        gate = gate.to(dtype).to(tl.float32)
         gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
-        acc = gate * acc_up.to(dtype).to(tl.float32)
-    if X_FIRST == 0:
-        acc = tl.trans(acc)
-    to = (part * num_rows + row).to(tl.int64)[:, None] * num_outputs + output[None, :]
-    tl.store(out + to, acc.to(out.dtype.element_ty), mask=row_mask & (output < num_outputs)[None, :])
+        result = tl.trans((gate * up.to(dtype).to(tl.float32)).to(dtype))
+        to_output = tl.program_id(0) * (TILE // 2) + tl.arange(0, TILE // 2)
+    else:
+        result = tl.trans(acc.to(dtype))
+        to_output = tl.program_id(0) * TILE + place
+    to = (part * num_rows + row).to(tl.int64)[:, None] * num_outputs + to_output[None, :]
+    tl.store(out + to, result, mask=row_mask & (to_output < num_outputs)[None, :])
 
 
 # -- references

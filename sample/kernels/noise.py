@@ -25,4 +25,5 @@ def random_bits(k0, k1, mixed_id):
 @jit
 def uniform(bits):
     """float32 on (0, 1) of uint32 bits."""
-    return tl.minimum(((bits >> 1).to(tl.int32).to(tl.float32) + 0.5) * 4.656612873077393e-10, 0.999999940395355224609375)
+    # (n + 0.5) * 2^-31 as one multiply-add, which rounds alike: the factor is a power of two.
+    return tl.minimum((bits >> 1).to(tl.int32).to(tl.float32) * 4.656612873077393e-10 + 2.3283064365386963e-10, 1 - 2.0**-24)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from sample.kernels.launch import jit, tl, triton, use_kernel
-from sample.kernels.overlap import begin, launch_options
+from sample.kernels.overlap import begin, finish, launch_options
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -21,7 +21,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     size = max(16, triton.next_power_of_2(x.shape[1]))
     _rms_norm_kernel[(len(x),)](
         x, x, weight, normed, normed, x.stride(0), 0, 0, x.shape[1], eps,
-        PARTS=0, SIZE=size, num_warps=_num_warps(size), **launch_options(x),
+        PARTS=0, SIZE=size, num_warps=_num_warps(size), **launch_options(x, len(x)),
     )  # fmt: skip
     return normed
 
@@ -41,7 +41,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tup
     parts = len(x) if x.ndim == 3 else 1
     _rms_norm_kernel[(num_rows,)](
         x, residual, weight, normed, total, width, width, num_rows * width, width, eps,
-        PARTS=parts, SIZE=size, num_warps=_num_warps(size), **launch_options(x),
+        PARTS=parts, SIZE=size, num_warps=_num_warps(size), **launch_options(x, num_rows),
     )  # fmt: skip
     return normed, total
 
@@ -73,6 +73,7 @@ def _rms_norm_kernel(
         tl.store(total + row * width + column, value, mask=inside)
         value = value.to(tl.float32)
     scale = tl.rsqrt(tl.sum(value * value, axis=0) / width + eps)
+    finish(OVERLAP)
     value = (value * scale).to(dtype).to(tl.float32) * w
     tl.store(normed + row * width + column, value.to(dtype), mask=inside)
 

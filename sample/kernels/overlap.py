@@ -1,9 +1,11 @@
 """Kernels that start while the one before them still runs (programmatic dependent launch, Hopper and newer).
 
-Between two dependent kernels of a graph the GPU idles for about a microsecond, and a product that streams its weight needs some
-more to get going: with few sequences that is a third of a forward. A kernel launched with `launch_options` may start as soon as
-every program of the one before has begun; `begin` tells the next one to do the same and waits until all memory of the one before
-is written. What a kernel does before `begin` must not read what other kernels write: weights are all that is safe.
+Between two dependent kernels of a graph the GPU idles for about a microsecond: with few sequences, whose kernels take some each, a
+tenth of a forward. A kernel launched with `launch_options` may start as soon as every program of the one before has said so
+(`begin`, `finish`) or is done; in `begin` it waits until all memory of the one before is written.
+
+What a kernel does before `begin` must not read what kernels launched this way write: only weights, and what was written before the
+forward (positions, plan, block table). A forward begins with the embedding, an ordinary kernel, so nothing of it starts earlier.
 """
 
 from __future__ import annotations
@@ -15,19 +17,30 @@ from torch import Tensor
 
 from sample.kernels.launch import INTERPRET, jit, tl
 
-ENABLED = True
-"""For measurements."""
+MAX_ROWS = 32
+"""Of a forward whose kernels overlap; with more rows nothing is gained."""
+SMALL, LARGE = 1, 2
+"""Where kernels of few and of many bytes let the next one start: 0 they do not overlap, 1 first thing, 2 at their end."""
 
 
-def launch_options(x: Tensor) -> dict[str, Any]:
+def launch_options(x: Tensor, num_rows: int, large: bool = False) -> dict[str, Any]:
     """Arguments of a kernel that has a parameter OVERLAP, for work on x."""
-    if not (ENABLED and x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device)[0] >= 9):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
+    overlap = LARGE if large else SMALL
+    can = x.is_cuda and not INTERPRET and torch.cuda.get_device_capability(x.device)[0] >= 9
+    if not (overlap and can and num_rows <= MAX_ROWS):
+        return {"OVERLAP": 0}
+    return {"OVERLAP": overlap, "launch_pdl": True}
 
 
 @jit
 def begin(OVERLAP: tl.constexpr):
-    if OVERLAP:
+    if OVERLAP == 1:
         tl.extra.cuda.gdc_launch_dependents()
+    if OVERLAP > 0:
         tl.extra.cuda.gdc_wait()
+
+
+@jit
+def finish(OVERLAP: tl.constexpr):
+    if OVERLAP == 2:
+        tl.extra.cuda.gdc_launch_dependents()

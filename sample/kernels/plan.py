@@ -34,35 +34,31 @@ def make_plan_reference(slots: Slots, block_table: Tensor, plan: Plan) -> None:
     head_end = num_masked.cumsum(0)
     runs = fits & (head_end <= h)
     plan.runs.copy_(runs)
-    plan.num_commits.fill_((runs & commits).sum())
     plan.num_head.fill_(torch.where(runs, num_masked, 0).sum())
     plan.num_keys.copy_(torch.where(runs, slots.start[slot] + size, 0))
     commit_of = torch.where(runs & commits, commits.cumsum(0) - 1, -1)
     plan.commit_of.copy_(commit_of)
 
-    def entries(positions: Tensor) -> Tensor:  # [m, B] of the first m slots of `at`
-        pages = block_table[at.long()].gather(1, (positions // PAGE).long())
-        return pages * PAGE + positions % PAGE
+    def rows_of(at: Tensor, which: int, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Tokens, positions and entries [m, B] of slots `at` [m]; which: of the block before (0) or the current one (1)."""
+        pages = block_table[at].gather(1, (positions // PAGE).long())
+        return slots.tokens[at, which], positions, pages * PAGE + positions % PAGE
 
     offset = torch.arange(size, device=device)
     rows = [x.view(n + c, size) for x in (plan.row_tokens, plan.positions, plan.entries)]
     for x, nobody in zip(rows, (0, 0, -1)):
         x.fill_(nobody)
     who = runs.nonzero()[:, 0]
-    at = slot[who]
-    positions = slots.start[at, None] + offset
-    for x, values in zip(rows, (slots.tokens[at, 1], positions, entries(positions))):
+    for x, values in zip(rows, rows_of(slot[who], 1, slots.start[slot[who], None] + offset)):
         x[who] = values.int()
     committing = (commit_of >= 0).nonzero()[:, 0]
-    at = slot[committing]
-    positions = slots.start[at, None] - size + offset
-    for x, values in zip(rows, (slots.tokens[at, 0], positions, entries(positions))):
+    before = slots.start[slot[committing], None] - size + offset
+    for x, values in zip(rows, rows_of(slot[committing], 0, before)):
         x[n + commit_of[committing].long()] = values.int()
 
     head = masked & runs[:, None]  # [n, B]
     item, place = head.nonzero().unbind(1)  # [num_head]
     plan.head_rows.fill_(0)[: len(item)] = (item * size + place).int()
-    plan.head_item.fill_(-1)[: len(item)] = item.int()
     plan.draw_of.fill_(-1)[item, place] = torch.arange(len(item), dtype=torch.int32, device=device)
     at = slot[item]
     keys = noise.row_keys(slots.key[at], slots.start[at] + place, slots.forwards[at] + 1)
@@ -88,11 +84,9 @@ def plan_kernel(
     num_keys_ptr,
     commit_of_ptr,
     head_rows_ptr,
-    head_item_ptr,
     row_keys_ptr,
     draw_of_ptr,
     num_head_ptr,
-    num_commits_ptr,
     n,
     c,
     h,
@@ -137,7 +131,6 @@ def plan_kernel(
     tl.store(commit_of_ptr + i, tl.where(has_commit > 0, k, -1))
     if i == 0:
         tl.store(num_head_ptr, num_head)
-        tl.store(num_commits_ptr, num_commits)
 
     # The rows of the denoising item.
     reads = place < SIZE * run
@@ -171,7 +164,6 @@ def plan_kernel(
     draw = first_head + tl.cumsum(masked.to(tl.int32), 0) - 1
     tl.store(draw_of_ptr + i * SIZE + place, tl.where(masked, draw, -1), mask=is_place)
     tl.store(head_rows_ptr + draw, i * SIZE + place, mask=masked)
-    tl.store(head_item_ptr + draw, i, mask=masked)
     forward = (tl.load(forwards_ptr + slot) + 1).to(tl.uint32, bitcast=True)
     at = position.to(tl.uint32, bitcast=True)
     a = tl.load(key_ptr + slot * 2).to(tl.uint32, bitcast=True)
@@ -183,7 +175,6 @@ def plan_kernel(
     row = i * SIZE + place
     unused = is_place & (row >= num_head) & (row < h)
     tl.store(head_rows_ptr + row, 0, mask=unused)
-    tl.store(head_item_ptr + row, -1, mask=unused)
     tl.store(row_keys_ptr + row * 2, 0, mask=unused)
     tl.store(row_keys_ptr + row * 2 + 1, 0, mask=unused)
 
@@ -194,7 +185,7 @@ def make_plan_kernel(slots: Slots, block_table: Tensor, plan: Plan) -> None:
     state = (slots.active, slots.commit, slots.masked, slots.start, slots.forwards, slots.key, slots.tokens)
     made = (
         *(plan.row_tokens, plan.positions, plan.entries, plan.runs, plan.num_keys, plan.commit_of),
-        *(plan.head_rows, plan.head_item, plan.row_keys, plan.draw_of, plan.num_head, plan.num_commits),
+        *(plan.head_rows, plan.row_keys, plan.draw_of, plan.num_head),
     )
     assert all(x.is_contiguous() for x in (plan.order, *state, *made))
     plan_kernel[(n,)](

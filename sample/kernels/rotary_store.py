@@ -11,7 +11,7 @@ from torch import Tensor
 from models.decoder import rope_cos_sin, rotate
 from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.norms import rms_norm_reference
-from sample.kernels.overlap import begin, launch_options
+from sample.kernels.overlap import begin, finish, launch_options
 
 HEADS_AT_A_TIME = 8
 """Query heads of one program: enough programs for few rows, enough work in each for many."""
@@ -64,7 +64,7 @@ def rotary_store(
         num_rows * qkv.shape[-1], num_heads, num_kv_heads, head_dim, eps,
         PARTS=len(qkv) if qkv.ndim == 3 else 1, NORM=q_weight is not None, KEEP=keep_kv,
         HEADS=heads, KV_HEADS=triton.next_power_of_2(num_kv_heads), HALF=triton.next_power_of_2(head_dim // 2),
-        num_warps=4, **launch_options(qkv),
+        num_warps=4, **launch_options(qkv, num_rows),
     )  # fmt: skip
     return q, k, v
 
@@ -100,7 +100,6 @@ def _rotary_store_kernel(
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Program (row, chunk): chunk 0 is the row's k and v, chunk c the query heads from (c - 1) * HEADS on."""
-    begin(OVERLAP)
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
     dtype = q.dtype.element_ty
@@ -110,17 +109,20 @@ def _rotary_store_kernel(
     angle = table + position * head_dim + half
     cos = tl.load(angle, mask=half < half_dim, other=0.0).to(tl.float32)[None, :]
     sin = tl.load(angle + half_dim, mask=half < half_dim, other=0.0).to(tl.float32)[None, :]
+    entry = tl.load(entries + row).to(tl.int64)  # times G*K it passes 2^31
+    begin(OVERLAP)
     start = row * (num_heads + 2 * num_kv_heads) * head_dim
     if chunk > 0:
-        head = (chunk - 1) * HEADS + tl.arange(0, HEADS)
-        inside = (head < num_heads)[:, None] & (half < half_dim)[None, :]
-        at = head[:, None] * head_dim + half[None, :]
-        first = _half(qkv, start + at, inside, part_stride, dtype, PARTS)
-        second = _half(qkv, start + at + half_dim, inside, part_stride, dtype, PARTS)
-        first_out, second_out = _norm_rotate(first, second, q_weight, cos, sin, half, inside, head_dim, eps, dtype, NORM)
+        # Names of their own: a variable may not have one shape in one branch and another in the other.
+        q_head = (chunk - 1) * HEADS + tl.arange(0, HEADS)
+        q_inside = (q_head < num_heads)[:, None] & (half < half_dim)[None, :]
+        q_at = q_head[:, None] * head_dim + half[None, :]
+        q_first = _half(qkv, start + q_at, q_inside, part_stride, dtype, PARTS)
+        q_second = _half(qkv, start + q_at + half_dim, q_inside, part_stride, dtype, PARTS)
+        q_first, q_second = _norm_rotate(q_first, q_second, q_weight, cos, sin, half, q_inside, head_dim, eps, dtype, NORM)
         q_row = q + row * num_heads * head_dim
-        tl.store(q_row + at, first_out, mask=inside)
-        tl.store(q_row + at + half_dim, second_out, mask=inside)
+        tl.store(q_row + q_at, q_first, mask=q_inside)
+        tl.store(q_row + q_at + half_dim, q_second, mask=q_inside)
     else:
         head = tl.arange(0, KV_HEADS)
         inside = (head < num_kv_heads)[:, None] & (half < half_dim)[None, :]
@@ -132,7 +134,6 @@ def _rotary_store_kernel(
         v_start = k_start + num_kv_heads * head_dim
         v_first = _half(qkv, v_start + at, inside, part_stride, dtype, PARTS).to(dtype)
         v_second = _half(qkv, v_start + at + half_dim, inside, part_stride, dtype, PARTS).to(dtype)
-        entry = tl.load(entries + row).to(tl.int64)  # times G*K it passes 2^31
         write = (head < tl.where(entry >= 0, num_kv_heads, 0))[:, None] & (half < half_dim)[None, :]
         base = entry * num_kv_heads * head_dim
         tl.store(k_cache + base + at, first_out, mask=write)
@@ -145,6 +146,7 @@ def _rotary_store_kernel(
             tl.store(k + kept + at + half_dim, second_out, mask=inside)
             tl.store(v + kept + at, v_first, mask=inside)
             tl.store(v + kept + at + half_dim, v_second, mask=inside)
+    finish(OVERLAP)
 
 
 # -- reference

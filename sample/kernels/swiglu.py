@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sample.kernels.launch import jit, tl, triton, use_kernel
-from sample.kernels.overlap import begin, launch_options
+from sample.kernels.overlap import begin, finish, launch_options
 
 TILE = 1024
 
@@ -18,9 +18,8 @@ def silu_mul(gate_up: Tensor) -> Tensor:
         return silu_mul_reference(gate_up)
     num_rows, width = len(gate_up), gate_up.shape[1] // 2
     out = gate_up.new_empty(num_rows, width)
-    _silu_mul_kernel[(num_rows, triton.cdiv(width, TILE))](
-        gate_up, out, width, TILE=TILE, num_warps=4, **launch_options(gate_up)
-    )
+    grid = (num_rows, triton.cdiv(width, TILE))
+    _silu_mul_kernel[grid](gate_up, out, width, TILE=TILE, num_warps=4, **launch_options(gate_up, num_rows))
     return out
 
 
@@ -34,6 +33,7 @@ def _silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr, OVERLAP: tl.conste
     gate = tl.load(gate_up + row * 2 * width + column, mask=inside, other=0.0).to(tl.float32)
     up = tl.load(gate_up + row * 2 * width + width + column, mask=inside, other=0.0).to(tl.float32)
     gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
+    finish(OVERLAP)
     tl.store(out + row * width + column, (gate * up).to(dtype), mask=inside)
 
 

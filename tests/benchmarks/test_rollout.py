@@ -118,9 +118,11 @@ def test_realistic_lengths_have_a_long_tail():
 # ---- measurements
 
 
-def test_the_steady_window_is_full_and_counts_its_tokens():
-    decoder = random_decoder("tiny", None, torch.float32, torch.device("cpu"))
-    engine = build_engine(decoder, FAMILIES.get("sdar"), 4)
+@pytest.mark.parametrize("kind", ["torch", "triton"])
+def test_the_steady_window_is_full_and_counts_its_tokens(kind: str):
+    """Of both engines; on a CPU the one of kernels runs their references."""
+    decoder = random_decoder("tiny", 1, torch.float32, torch.device("cpu"))
+    engine = build_engine(decoder, FAMILIES.get("sdar"), 4, kind)
     result = rollout.measure_steady(engine, "tiny", 4, context=60, reveal=2, steps=8, profiled_steps=0, warm=False)
     assert (result["steps"], result["mean_active"], result["tokens_per_forward"]) == (8, 4, 2)
     assert result["tokens_per_second"] * result["seconds"] == pytest.approx(8 * 4 * 2)

@@ -24,6 +24,9 @@ dataset: {train_dataset: a, eval_dataset: b, optimization_data: c}
 """
 
 
+FULL_ATTENTION = ["dream", "llada", "mmada"]
+
+
 def job_of(path: Path) -> str:
     return "eval" if path.stem.endswith("eval") else "sft" if path.stem.startswith("sft") else "rl"
 
@@ -81,7 +84,11 @@ def test_shipped_files_exist():
         *["rl_trado_dipo", "rl_trado_coupled", "rl_trado_random_masking", "rl_trado_longcot"],
         *["rl_tiny_with_value", "rl_tiny_process_reward", "rl_tiny_dipo", "rl_tiny_coupled", "rl_tiny_random_masking"],
         *["rl_tiny_block8", "rl_tiny_block8_second", "rl_tiny_multi_update"],
+        *[f"{name}_{family}" for name in ["rl", "sft", "rl_tiny", "sft_tiny"] for family in FULL_ATTENTION],
+        *[f"{family}_eval" for family in FULL_ATTENTION],
+        *["rl_dream_with_value", "rl_llada_with_value", "rl_diffucoder_code"],
     }
+    assert all((ROOT / "train" / f"sft_{family}.py").is_file() for family in FULL_ATTENTION)
 
 
 def test_defaults_are_resolved(load):

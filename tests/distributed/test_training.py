@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from common.records import ScoredRollout
+from models.registry import FAMILIES
+from models.tiny import build_tiny
 from tests.distributed import training_jobs
 from tests.distributed.harness import run_on_ranks
 from tests.train.steps import error, forget_accelerator, requests_of_every_remainder, sample, scored, tiny_model, weights
@@ -21,39 +23,60 @@ MODES = {
     "zero2": ["experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero2"],
     "zero3": ["experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero3"],
 }
-SETTINGS = ["rollout.max_token=14", "training.beta=0.1", "training.gradient_checkpointing_enable=true"]
-WHOLE, CUT = ["training.max_tokens_per_microbatch=100000"], ["training.max_tokens_per_microbatch=160"]
+UPDATES = {
+    **{mode: (mode, "sdar") for mode in MODES},
+    # Full attention: a response is many rows, each a document that stands alone.
+    "dream ddp": ("ddp", "dream"),
+    "dream zero3": ("zero3", "dream"),
+}
+"""What updates are compared under: a mode and a family."""
+LONGEST = {"sdar": 14, "dream": 16}
+"""Of a response, tokens: a canvas is whole blocks."""
+SETTINGS = ["training.beta=0.1", "training.gradient_checkpointing_enable=true"]
+WHOLE = ["training.max_tokens_per_microbatch=100000"]
+CUT = {"sdar": ["training.max_tokens_per_microbatch=160"], "dream": ["training.max_tokens_per_microbatch=500"]}
+
+
+def settings_of(family: str) -> list[str]:
+    return [*SETTINGS, f"rollout.max_token={LONGEST[family]}"]
 
 
 @pytest.fixture(scope="module")
-def steps() -> list[list[ScoredRollout]]:
-    """The rollouts of three updates: many, of unequal lengths; a single one, so that a rank has nothing; some more."""
-    settings = dict(block_size=4, max_tokens=14, strategy="low_confidence_dynamic", threshold=0.4)
-    rollouts = scored(sample(tiny_model(7), requests_of_every_remainder(4, seed=8, num_samples=4), **settings))
-    shortest = min(rollouts, key=lambda r: len(r.response_ids))
-    return [rollouts, [shortest], rollouts[::2]]
+def steps() -> dict[str, list[list[ScoredRollout]]]:
+    """By family, the rollouts of three updates: many, of unequal lengths; a single one, so that a rank has nothing; some more."""
+
+    def of(family: str) -> list[list[ScoredRollout]]:
+        settings = dict(block_size=4, max_tokens=LONGEST[family], strategy="low_confidence_dynamic", threshold=0.4)
+        rollouts = scored(sample(tiny_model(7, family), requests_of_every_remainder(4, seed=8, num_samples=4), **settings))
+        shortest = min(rollouts, key=lambda r: len(r.response_ids))
+        return [rollouts, [shortest], rollouts[::2]]
+
+    return {family: of(family) for family in LONGEST}
 
 
 @pytest.fixture(scope="module")
-def of_one_process(steps) -> dict[str, Any]:
-    record = training_jobs.updates_of(SETTINGS + WHOLE, steps)
+def of_one_process(steps) -> dict[str, dict[str, Any]]:
+    """By family."""
+    records = {family: training_jobs.updates_of(settings_of(family) + WHOLE, steps[family], family) for family in LONGEST}
     forget_accelerator()
-    return record
+    return records
 
 
 @pytest.fixture(scope="module")
 def of_two_ranks(steps) -> list[dict[str, dict[str, Any]]]:
-    modes = {name: SETTINGS + CUT + overrides for name, overrides in MODES.items()}
-    return run_on_ranks("tests.distributed.training_jobs:updates", 2, {"modes": modes, "steps": steps})
+    modes = {
+        name: (settings_of(family) + CUT[family] + MODES[mode], steps[family], family) for name, (mode, family) in UPDATES.items()
+    }
+    return run_on_ranks("tests.distributed.training_jobs:updates", 2, {"modes": modes})
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_updates_of_two_ranks_equal_those_of_one_process(of_one_process, of_two_ranks, mode):
-    first, second = (result[mode] for result in of_two_ranks)
+@pytest.mark.parametrize("name", UPDATES)
+def test_updates_of_two_ranks_equal_those_of_one_process(of_one_process, of_two_ranks, name):
+    first, second = (result[name] for result in of_two_ranks)
     sizes = list(zip(first["pack_sizes"], second["pack_sizes"], strict=True))
     assert len(sizes[0][0]) == len(sizes[0][1]) > 2 and sizes[0][0] != sizes[0][1]
     assert sorted(sizes[1])[0] == [0] and max(sizes[1]) != [0], "the second step should leave one rank without data"
-    right = of_one_process
+    right = of_one_process[UPDATES[name][1]]
     for record in (first, second):
         assert record["num_steps"] == [1, 2, 3], "the optimizer did not step exactly once per update"
         for step in range(3):
@@ -61,7 +84,7 @@ def test_updates_of_two_ranks_equal_those_of_one_process(of_one_process, of_two_
             loss, expected = record["metrics"][step]["train/loss"], right["metrics"][step]["train/loss"]
             found = [abs(loss - expected) / max(1.0, abs(expected))]
             found += [error(record[kind][step], right[kind][step]) for kind in ("gradients", "weights")]
-            print(f"{mode}, step {step}: loss {found[0]:.1e}, gradient {found[1]:.1e}, weights {found[2]:.1e}")
+            print(f"{name}, step {step}: loss {found[0]:.1e}, gradient {found[1]:.1e}, weights {found[2]:.1e}")
             # Behind the first step the weights themselves differ by rounding already.
             assert max(found) < (TOLERANCE if step == 0 else 10 * TOLERANCE), found
             assert record["metrics"][step] == pytest.approx(right["metrics"][step], rel=2e-5, abs=1e-5)
@@ -71,12 +94,13 @@ def test_updates_of_two_ranks_equal_those_of_one_process(of_one_process, of_two_
         assert error(first["weights"][step], second["weights"][step]) == 0, "the ranks have different weights"
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_the_engine_samples_with_the_trained_weights(of_one_process, of_two_ranks, mode):
+@pytest.mark.parametrize("name", UPDATES)
+def test_the_engine_samples_with_the_trained_weights(of_one_process, of_two_ranks, name):
+    mode, family = UPDATES[name]
     for result in of_two_ranks:
-        assert result[mode]["sharded"] == (mode == "zero3")
-        for task_id, rollout in result[mode]["sampled"].items():
-            right = of_one_process["sampled"][task_id]
+        assert result[name]["sharded"] == (mode == "zero3")
+        for task_id, rollout in result[name]["sampled"].items():
+            right = of_one_process[family]["sampled"][task_id]
             assert (rollout.response_ids, rollout.step_map) == (right.response_ids, right.step_map)
             assert rollout.logprobs == pytest.approx(right.logprobs, abs=1e-4)
 
@@ -129,11 +153,17 @@ def command_line(folder: Path, name: str, *overrides: str) -> list[str]:
     return [*RL_SETTINGS, *files, f"experiment.project={folder / name}", *overrides]
 
 
+ONE = {"sdar": "one", "dream": "dream one"}
+"""By family, the run directory of one process."""
+
+
 @pytest.fixture(scope="module")
-def run_of_one_process(folder) -> dict[str, Any]:
-    result = training_jobs.rl_run(command_line(folder, "one"))
+def run_of_one_process(folder) -> dict[str, dict[str, Any]]:
+    """By family."""
+    lines = {family: command_line(folder, name, f"model.model_base={family}") for family, name in ONE.items()}
+    results = {family: training_jobs.rl_run(argv) for family, argv in lines.items()}
     forget_accelerator()
-    return result
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +172,7 @@ def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs["ddp"]["argv"] += ["rollout.deterministic=false", "evaluation.deterministic=false"]  # shared queue
     for name in BFLOAT16:
         runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
+    runs["dream ddp"] = {"argv": command_line(folder, "dream ddp", "model.model_base=dream")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}
     return run_on_ranks("tests.distributed.training_jobs:rl_runs", 2, {"runs": runs})
 
@@ -153,22 +184,22 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_process, runs_of_two_ranks, mode):
-    right, found = metrics(folder, "one"), metrics(folder, mode)
+@pytest.mark.parametrize("name, family", [*((mode, "sdar") for mode in MODES), ("dream ddp", "dream")])
+def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_process, runs_of_two_ranks, name, family):
+    right, found = metrics(folder, ONE[family]), metrics(folder, name)
     assert len(found) == len(right) == 3
     assert found[0] == pytest.approx(right[0], rel=1e-4, abs=1e-5)
     for first, second in zip(found[1:], right[1:], strict=True):  # weights that differ by rounding have sampled these
         assert first == pytest.approx(second, rel=5e-3, abs=1e-3)
     assert any(key.startswith("eval/") for key in found[1]) and right[0]["train/num_updates"] == 2
     assert right[2]["value/num_updates"] == 2 and right[2]["value/mean"] != 0, "the critic has not moved"
-    start = weights(tiny_model(SEED, vocab_size=28))
+    start, one = weights(build_tiny(FAMILIES.get(family), SEED)), run_of_one_process[family]
     for result in runs_of_two_ranks:
-        own = result[mode]
-        assert own["num_processes"] == 2 and own["num_steps"] == run_of_one_process["num_steps"] == 6
-        gap = error(own["weights"], run_of_one_process["weights"])
+        own = result[name]
+        assert own["num_processes"] == 2 and own["num_steps"] == one["num_steps"] == 6
+        gap = error(own["weights"], one["weights"])
         moved = error(own["weights"], start)
-        print(f"{mode}: weights {gap:.1e} of the largest entry apart, {moved:.1e} from the start")
+        print(f"{name}: weights {gap:.1e} of the largest entry apart, {moved:.1e} from the start")
         assert gap < 1e-5 < 1e-3 < moved
         assert error(own["checkpoint"], own["weights"]) == 0, "the checkpoint is not what was trained"
 

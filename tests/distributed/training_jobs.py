@@ -17,16 +17,16 @@ from train.policy import policy_trainer
 from train.rl import PolicyUpdate
 
 
-def updates(modes: dict[str, list[str]], steps: list[list[ScoredRollout]]) -> dict[str, dict[str, Any]]:
-    """One RL update for every list of rollouts, under every mode (overrides of the config)."""
-    return {name: updates_of(overrides, steps) for name, overrides in modes.items()}
+def updates(modes: dict[str, tuple[list[str], list[list[ScoredRollout]], str]]) -> dict[str, dict[str, Any]]:
+    """One RL update for every list of rollouts, under every mode: overrides of the config, the rollouts, and their family."""
+    return {name: updates_of(*arguments) for name, arguments in modes.items()}
 
 
-def updates_of(overrides: list[str], steps: list[list[ScoredRollout]]) -> dict[str, Any]:
+def updates_of(overrides: list[str], steps: list[list[ScoredRollout]], family: str = "sdar") -> dict[str, Any]:
     forget_accelerator()
-    config = rl_config(*overrides)
+    config = rl_config(*overrides, family=family)
     accelerator = dist.make_accelerator(config)
-    model = tiny_model(7)
+    model = tiny_model(7, family)
     update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
     engine_weights = EngineWeights(accelerator, model)
     stepped = []  # DeepSpeed calls the optimizer once for each group of parameters, with the others empty; torch once for all
@@ -84,7 +84,7 @@ def rl_run(argv: list[str], broken_off_after: int | None = None) -> dict[str, An
             kept["num_steps"], kept["num_processes"] = self.run.trainer.num_steps, self.run.accelerator.num_processes
             checkpoint = self.run.directory.checkpoints / "optimized"
             if checkpoint.exists():
-                loaded = load_pretrained(str(checkpoint), "sdar", torch.float32)
+                loaded = load_pretrained(str(checkpoint), self.config.model.model_base, torch.float32)
                 kept["checkpoint"] = {n: p.detach() for n, p in loaded.decoder.named_parameters()}
             super().close()
 

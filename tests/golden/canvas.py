@@ -67,6 +67,18 @@ def check_forward(model: Pretrained, tensors: dict[str, Tensor], path: str) -> S
     return result(path, errors)
 
 
+def stored_attention(item: Item, cache: KVCache) -> Attend:
+    """Of a forward over one item."""
+    entries = torch.arange(item.start, item.start + item.rows)
+    read = canvas_attention(group_items([item], entries.device), cache)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        cache.write(layer, entries, k, v)
+        return read(layer, q, k, v)
+
+    return attend
+
+
 def check_prefix_cache(model: Pretrained, tensors: dict[str, Tensor], path: str) -> SetResult:
     """A refresh over `input_ids_full`, then a window of `input_ids_second` from `cut` on, to the end or to `window_end`: the
     engine's own items and cache."""
@@ -76,12 +88,8 @@ def check_prefix_cache(model: Pretrained, tensors: dict[str, Tensor], path: str)
     for n, (full, second) in enumerate(zip(tensors["input_ids_full"], tensors["input_ids_second"])):
         for name, stop in [("logits_tail", length), ("logits_window", window_end)]:
             cache = KVCache(model.decoder.config, 1, length, torch.float32, torch.device("cpu"))
-            attend = [
-                canvas_attention(group_items([item], full.device), torch.arange(item.start, item.start + item.rows), cache)
-                for item in (Item(0, 0, length, length, True), Item(0, cut, stop - cut, stop, False))
-            ]
-            logits(model, full, attend[0])
-            found = logits(model, second[cut:stop], attend[1], cut)
+            logits(model, full, stored_attention(Item(0, 0, length, length, True), cache))
+            found = logits(model, second[cut:stop], stored_attention(Item(0, cut, stop - cut, stop, False), cache), cut)
             errors.append(float((found - tensors[name][n]).abs().max()))
     return result(path, errors)
 
@@ -129,11 +137,11 @@ def difference(case: dict[str, Any], row: int, rollout: Rollout) -> str | None:
 
 
 def check_generation(
-    model: Pretrained, cases: list[dict[str, Any]], path: str, prompts: list[list[list[int]]], notes: list[str]
+    model: Pretrained, cases: list[dict[str, Any]], path: str, prompts: list[list[list[int]]], notes: list[str], engine: str
 ) -> SetResult:
-    """prompts: by case and row, as the engine gets them. Cases of equal settings go through the engine together, few at a time, so
+    """prompts: by case and row, as the engine gets them; engine: `rollout.engine`. Cases of equal settings go through the engine together, few at a time, so
     that slots are refilled and canvases of different lengths stand beside one another."""
-    engine = build_engine(model.decoder, model.family, max_active=3)
+    built = build_engine(model.decoder, model.family, max_active=3, engine=engine)
     groups: dict[SamplingSettings, list[int]] = {}
     saved = 0
     for n, case in enumerate(cases):
@@ -142,7 +150,7 @@ def check_generation(
     failed = []
     for settings, group in groups.items():
         rows = [(n, row) for n in group for row in range(len(prompts[n]))]
-        rollouts = engine.generate([Request(f"{cases[n]['name']}/{row}", prompts[n][row]) for n, row in rows], settings)
+        rollouts = built.generate([Request(f"{cases[n]['name']}/{row}", prompts[n][row]) for n, row in rows], settings)
         for (n, row), rollout in zip(rows, rollouts, strict=True):
             saved += cases[n]["nfe"] - rollout.num_forwards
             if what := difference(cases[n], row, rollout):

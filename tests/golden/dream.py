@@ -14,7 +14,8 @@ from tests.golden import canvas
 from tests.golden.result import SetResult
 
 
-def check(folder: Path) -> list[SetResult]:
+def check(folder: Path, engine: str = "auto") -> list[SetResult]:
+    """All sets of the folder; engine: `rollout.engine`."""
     model, cases = canvas.load(folder, "dream"), canvas.cases_of(folder)
     tensors = canvas.tensors_of(folder, "forward_full")
     prompts, padded = [], 0
@@ -25,7 +26,7 @@ def check(folder: Path) -> list[SetResult]:
     return [
         canvas.check_forward(model, tensors, "dream/forward_full"),
         check_padded(model, tensors, "dream/forward_full (padded)"),
-        canvas.check_generation(model, cases, "dream/generation", prompts, [f"{padded} cases with left padding: left out"]),
+        canvas.check_generation(model, cases, "dream/generation", prompts, [f"{padded} cases with left padding: left out"], engine),
     ]
 
 

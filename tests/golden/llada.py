@@ -12,7 +12,8 @@ from tests.golden import canvas
 from tests.golden.result import SetResult
 
 
-def check(folder: Path) -> list[SetResult]:
+def check(folder: Path, engine: str = "auto") -> list[SetResult]:
+    """All sets of the folder; engine: `rollout.engine`."""
     model, cases = canvas.load(folder, "llada"), canvas.cases_of(folder)
     prompts = [case["prompt"] for case in cases]
     pad = model.config["pad_token_id"]
@@ -21,5 +22,5 @@ def check(folder: Path) -> list[SetResult]:
     return [
         canvas.check_forward(model, canvas.tensors_of(folder, "forward_full"), "llada/forward_full"),
         canvas.check_prefix_cache(model, canvas.tensors_of(folder, "forward_prefix_cache"), "llada/forward_prefix_cache"),
-        canvas.check_generation(model, cases, "llada/generation", prompts, [note]),
+        canvas.check_generation(model, cases, "llada/generation", prompts, [note], engine),
     ]

@@ -20,10 +20,11 @@ FAMILIES: dict[str, tuple[ModuleType, dict[str, int]]] = {
 }
 
 
+@pytest.mark.parametrize("engine", ["torch", "triton"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_all_sets_pass(family: str) -> None:
+def test_all_sets_pass(family: str, engine: str) -> None:
     module, cases = FAMILIES[family]
-    results = module.check(DATA / family)
+    results = module.check(DATA / family, engine)
     assert {r.path: r.cases for r in results} == {f"{family}/{name}": number for name, number in cases.items()}
     assert all(r.status == "PASS" for r in results), [r.line() for r in results]
     said = {"llada": "24 neg_entropy cases", "dream": "21 cases with left padding", "mmada": "2 forwards of rows fewer"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from tests.golden import objective, value
 
 DATA = Path(__file__).parent / "data"
 OBJECTIVE, VALUE = DATA / "objective" / "sdar" / "untied", DATA / "value"
+CANVASES = DATA / "objective"
 
 
 def test_objective_sets_pass():
@@ -21,6 +23,16 @@ def test_objective_sets_pass():
     extras = {"untied/optional_leftpad", "untied/optional_unaligned"}
     assert {path for path, r in results.items() if r.status != "PASS"} == extras, [r.line() for r in results.values()]
     assert len(results) == 17 and all(r.cases > 1 for path, r in results.items() if path not in extras)
+
+
+@pytest.mark.parametrize("family, note", [("llada", "3 pads .* are prompt tokens here"), ("dream", "3 pads .* are left out here")])
+def test_objective_sets_of_full_attention_pass(family, note):
+    results = {r.path: r for r in objective.check(CANVASES / family, family, family)}
+    assert len(results) == 7 and all(r.status == "PASS" and r.cases > 7 for r in results.values()), [
+        r.line() for r in results.values()
+    ]
+    assert [path for path, r in results.items() if r.notes] == [f"{family}/optional_leftpad"]
+    assert re.search(note, results[f"{family}/optional_leftpad"].notes[0])
 
 
 def test_value_sets_pass():
@@ -54,6 +66,22 @@ def test_a_wrong_objective_number_fails(change, tmp_path):
     assert result.status == "FAIL"
 
 
+def shown(tensors):
+    """A response token that the first row hides, shown."""
+    hidden = (tensors["input_ids"][0] == 63).nonzero()[0, 0]
+    tensors["input_ids"][0, hidden] = tensors["labels"][0, hidden]
+
+
+@pytest.mark.parametrize("family, weight", [("llada", "model.transformer.blocks.1.attn_out.weight"), ("dream", "lm_head.weight")])
+def test_a_wrong_number_of_full_attention_fails(family, weight, tmp_path):
+    changes = [add("logp_old", 1e-3), add("row_loss", 1e-3), add("loss_mean", 1e-3), add(f"grad_sum.{weight}", 1e-3), shown]
+    for n, change in enumerate(changes):
+        (tmp_path / str(n)).mkdir()
+        copy_case(CANVASES / family, ["policy", "old_policy"], "tracerl_shrink4_beta0.3_k1", tmp_path / str(n), change)
+        [result] = objective.check(tmp_path / str(n), "x", family)
+        assert result.status == "FAIL", change
+
+
 @pytest.mark.parametrize(
     "change", [add("final.lm_head.weight", 1e-2), add("step_losses", 1e-3), add("grad_norms_before_clip", 1e-3)]
 )
@@ -78,8 +106,8 @@ def test_the_command(tmp_path):
     folder = root / "objective" / "sdar" / "mine"
     folder.mkdir(parents=True)
     copy_case(OBJECTIVE, ["policy", "old_policy"], "tracerl_shrink4_beta0", folder, lambda tensors: None)
-    (root / "llada").mkdir()
-    (root / "llada" / "generation.json").write_text("{}")
+    (root / "lladav").mkdir()
+    (root / "lladav" / "generation.json").write_text("{}")
 
     def run() -> subprocess.CompletedProcess:
         return subprocess.run(
@@ -89,7 +117,7 @@ def test_the_command(tmp_path):
     result = run()
     assert result.returncode == 0, result.stderr
     lines = [line for line in result.stdout.splitlines() if not line.startswith(" ")]
-    assert lines[0].startswith("UNSUPPORTED llada/generation cases=0")
+    assert lines[0].startswith("UNSUPPORTED lladav/generation cases=0")
     assert lines[1].startswith("PASS objective/sdar/mine/tracerl_shrink4_beta0 cases=4 max_error=")
     tensors = load_file(folder / "tracerl_shrink4_beta0.safetensors")
     add("row_loss", 1e-2)(tensors)

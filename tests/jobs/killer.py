@@ -14,7 +14,6 @@ import signal
 from pathlib import Path
 from typing import Any, Callable
 
-import accelerate
 import huggingface_hub
 import torch
 
@@ -274,7 +273,9 @@ def state_begun() -> None:
 
 @place
 def state_without_counters() -> None:
-    patch(accelerate.Accelerator, "save_state", after=True)
+    import train.run
+
+    patch(train.run, "save_state", after=True)
 
 
 @place

@@ -72,6 +72,16 @@ def test_two_processes_find_the_same(evaluated: tuple[Path, Any], server: ForkSe
         assert [r.response_ids for r in ours] == [r.response_ids for r in theirs]
 
 
+def test_both_engines_find_the_same(evaluated: tuple[Path, Any], server: ForkServer, settings: Any, tmp_path: Path):
+    """On a CPU the paged engine runs the references of its kernels."""
+    job = server.run("eval.py", settings("eval", tmp_path / "run", {"rollout.engine": "triton"}))
+    assert job.code == 0, job.err
+    for name in DECODINGS:
+        file = Path("results") / f"test.{name}.jsonl"
+        ours, theirs = read_rollouts(tmp_path / "run" / file), read_rollouts(evaluated[0] / file)
+        assert [(r.response_ids, r.step_map) for r in ours] == [(r.response_ids, r.step_map) for r in theirs]
+
+
 def test_into_the_directory_of_a_training_run(server: ForkServer, settings: Any, tmp_path: Path):
     """The run's own settings stay, so that it can still go on."""
     project = tmp_path / "run"

@@ -14,11 +14,14 @@ import pytest
 
 from common.metrics import read_metrics, steps_of_blocks
 from common.records import read_rollouts
+from data.prepare_sft import main as prepare_sft
 from sample.trace_viewer import main as trace_viewer
+from tests.distributed.harness import ROOT
 from tests.jobs.fork_server import ForkServer
 from tests.jobs.test_methods import SAMPLED, SHORT, arguments, check_rise, rate_after
 
-FAMILIES = ["dream", "llada", "mmada"]
+FAMILIES = ["dream", "llada"]
+"""The tiny MMaDA is the tiny LLaDA under another name: text needs no image codes. It is run by `test_tracerl` alone."""
 QUICK = "dream"
 """Logits shifted by one, a first token of its own in every block, biases: what differs most from the block models."""
 EXACT_GAP = 1e-4
@@ -94,7 +97,7 @@ def train(server: ForkServer, start_model: Any, tmp_path: Path) -> Train:
 
 @pytest.mark.parametrize("family", families("llada", "mmada"))
 def test_tracerl(family: str, train: Train, rate_before: Any):
-    """Learns, and trains the very distributions that were sampled from. A canvas of 8 tokens has two blocks of 4 behind the prompt."""
+    """Learns, and trains the very distributions that were sampled from. A canvas is two blocks of 4 behind the prompt."""
     project, rows = train(family, {})
     check_rise(rows, rate_before(family))
     assert max(row["gap/logprob_max"] for row in rows) < EXACT_GAP
@@ -176,11 +179,46 @@ def test_finetuning(masks: str, method: str, family: str, server: ForkServer, tm
     assert rate_after(rows) >= 0.5
 
 
+def test_finetuning_along_sampled_step_maps(server: ForkServer, start_model: Any, tmp_path: Path):
+    """Given answers are unmasked by a model in its own order, on the canvas of training, and learnt along it."""
+    tasks = json.loads((ROOT / "data" / "tiny_sort_train.json").read_text())[:40]
+    records = [{"prompt": task["question"], "response": task["ground_truth_answer"]} for task in tasks]
+    (tmp_path / "right.json").write_text(json.dumps(records))
+    model, out = start_model(QUICK), tmp_path / "steps.json"
+    options = ["--plain", "--sample-steps", str(model), "--model-base", QUICK, "--out", str(out)]
+    with pytest.raises(SystemExit):
+        prepare_sft([str(tmp_path / "right.json"), *options])
+    prepare_sft([str(tmp_path / "right.json"), *options, "--canvas", "8"])
+    assert all(len(record["step_map"]) == 8 and min(record["step_map"]) == 1 for record in json.loads(out.read_text()))
+    changes = {
+        "training.method": "trace",
+        "dataset.optimization_data": out,
+        "dataset.eval_dataset": "null",
+        "training.stop_at_solve_rate": "null",
+        "training.max_steps": 4,
+        "training.batch_size": 8,
+    }
+    job = server.run(f"train/sft_{QUICK}.py", arguments(f"sft_tiny_{QUICK}", tmp_path / "run", changes))
+    assert job.code == 0, job.err
+    assert all(row["train/nll"] > 0 for row in read_metrics(tmp_path / "run"))
+
+
+@pytest.mark.slow
+def test_next_token_finetuning(server: ForkServer, tmp_path: Path):
+    """Dream as the autoregressive model that its weights began as: the next token of an answer is learnt."""
+    changes = {"training.method": "ar", "dataset.eval_dataset": "null", "training.stop_at_solve_rate": "null"}
+    job = server.run("train/sft_dream.py", arguments("sft_tiny_dream", tmp_path / "run", changes))
+    assert job.code == 0, job.err
+    nll = [row["train/nll"] for row in read_metrics(tmp_path / "run")]
+    print(f"nats per token {nll[0]:.2f} -> {nll[-1]:.2f}")
+    assert nll[-1] < 0.3
+
+
 # ---- evaluation, pages
 
 
 def test_evaluation_of_blocks_and_caches(server: ForkServer, start_model: Any, rate_before: Any, tmp_path: Path):
-    """A list of block sizes runs one evaluation each; batches and early stops change no answer; the page shows what was unmasked."""
+    """A list of block sizes runs one evaluation each; batches and early stops change no answer; the page shows all of it."""
     model, project = start_model(QUICK), tmp_path / "eval"
     changes = {"evaluation.block_size": "[4,8]", "evaluation.output_unmasking_history": "true"}
     at_4, at_8 = evaluate(server, QUICK, model, project, **changes)

@@ -8,7 +8,7 @@ import torch
 from models.attention import TokenIds, dense_attention, dense_mask, flex_attention, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
-from tests.train.test_packing import random_documents
+from tests.train.test_packing import canvas_documents, random_documents
 from train.packing import build_pack, number
 from train.policy import Policy
 
@@ -17,14 +17,24 @@ needs_gpu = pytest.mark.skipif(
 )
 
 
-def random_ids(num_documents=4, block_size=4, seed=0):
-    documents, _ = random_documents(block_size, num_documents, seed)
+KINDS = ("blocks", "canvases", "next-token")
+
+
+def documents_of(kind, count, seed):
+    if kind == "blocks":
+        return random_documents(4, count, seed)[0]
+    return canvas_documents(count, seed, method="TraceRL" if kind == "canvases" else "ar")
+
+
+def random_ids(num_documents=4, seed=0, kind="blocks"):
+    documents = documents_of(kind, num_documents, seed)
     number(documents)
     return build_pack(documents, 27, round_to=16).token_ids
 
 
-def test_document_batches_equal_one_mask_over_the_pack():
-    ids = random_ids()
+@pytest.mark.parametrize("kind", KINDS)
+def test_document_batches_equal_one_mask_over_the_pack(kind):
+    ids = random_ids(kind=kind)
     n = len(ids.document)
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(n, heads, 8, generator=generator, requires_grad=True) for heads in (4, 2, 2))
@@ -47,13 +57,14 @@ def loss_and_gradients(model, backend, dtype, pack):
 
 
 @needs_gpu
-def test_flex_equals_dense_and_is_no_further_from_float32_in_bf16():
+@pytest.mark.parametrize("kind", KINDS)
+def test_flex_equals_dense_and_is_no_further_from_float32_in_bf16(kind):
     torch.set_float32_matmul_precision("highest")
     # Heads of 64: FlexAttention wants at least 16.
     model = build_tiny(FAMILIES.get("sdar"), seed=5, head_dim=64, hidden_size=256, num_hidden_layers=3, intermediate_size=512)
-    documents, _ = random_documents(4, count=40, seed=3)
+    documents = documents_of(kind, count=40, seed=3)
     number(documents)
-    pack = build_pack(documents, model.mask_id, round_to=128).to("cuda")
+    pack = build_pack(documents, model.mask_id, round_to=128, logit_shift=int(kind == "next-token")).to("cuda")
     loss, exact = loss_and_gradients(model, "dense", torch.float32, pack)
     flex_loss, flex = loss_and_gradients(model, "flex", torch.float32, pack)
     assert abs(loss - flex_loss) <= 1e-4 * abs(loss)

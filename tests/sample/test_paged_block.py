@@ -12,7 +12,7 @@ from models.decoder import Decoder
 from models.registry import FAMILIES
 from sample import paged_block
 from sample.block import BlockEngine
-from sample.capacity import Capacity, Demand, item_bucket
+from sample.capacity import Capacity, Demand, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.paged_block import PagedBlockEngine
 from sample.pages import PAGE, pages_of
@@ -243,6 +243,7 @@ def test_buckets_hold_what_they_are_for() -> None:
     assert [item_bucket(n) for n in [1, 2, 3, 5, 17, 32, 33, 64, 65, 100, 128, 129, 200, 256]] == [
         1, 2, 4, 8, 32, 32, 64, 64, 96, 128, 128, 192, 256, 256
     ]  # fmt: skip
+    assert [whole_rows(n) for n in [1, 33, 160, 255, 257, 321, 385, 640, 641]] == [32, 64, 160, 256, 320, 384, 512, 640, 768]
     for size in [1, 2, 4, 8, 16, 32]:
         demand = Demand(size, size, 151_936)
         for active in range(1, 300):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import math
 import random
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +27,9 @@ from sample.paged_block import PagedBlockEngine
 from sample.pages import pages_of
 from tests.golden import sdar
 from tests.sample.reference import MASK, STOPS, block_logits, random_decoder
+from train.layout import Layout
+from train.packing import build_pack, number
+from train.policy import Policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 SDAR = FAMILIES.get("sdar")
@@ -92,7 +97,7 @@ def compare(decoder: Decoder, requests: list[Request], ours: list[Rollout], thei
             assert nearest < CLOSE, f"{a.task_id}, sample {a.sample} differs at forward {forward}: nearest call {nearest}"
             same = [equal and step < forward for equal, step in zip(same, a.step_map)]
         else:
-            floats = dict(logprobs=[], entropy=[])
+            floats = dict(logprobs=a.logprobs, entropy=a.entropy)
             assert dataclasses.replace(a, **floats) == dataclasses.replace(b, **floats)
         for name in ["logprobs", "entropy"]:
             gaps = [abs(x - y) for x, y, equal in zip(getattr(a, name), getattr(b, name), same) if equal]
@@ -109,6 +114,7 @@ def test_equals_the_eager_engine(size: int, strategy: str, decoding: dict) -> No
     requests = requests_of(40, 100, 22)
     engine = PagedBlockEngine(decoder, SDAR, max_active=50)
     apart = compare(decoder, requests, engine.generate(requests, s), BlockEngine(decoder, SDAR, 80).generate(requests, s), s)
+    print(f"{apart} of {2 * len(requests)} sequences differ behind a near tie")
     assert apart <= 1 and engine.statistics.graphs == len(engine.graphs.graphs) > 1
 
 
@@ -120,23 +126,70 @@ def test_golden_generation() -> None:
             assert result.status == "PASS", result.line()
 
 
-@pytest.mark.parametrize("heads", [(32, 8), (16, 16)])
-def test_large_layers_equal_the_eager_engine(heads: tuple[int, int], record_property) -> None:
-    """Layers of the 4B model's shape, in float32, at a temperature; a thousand tokens of context."""
+def large_decoder(num_heads: int, num_kv_heads: int, dtype: torch.dtype = torch.float32) -> Decoder:
+    """Four layers of the 4B model's shape, with weights that make distributions of about half a nat."""
     shape = dict(vocab_size=151_936, hidden_size=2560, num_layers=4, head_dim=128, intermediate_size=9728, qk_norm=True)
+    torch.manual_seed(0)
     with CUDA:
-        decoder = Decoder(DecoderConfig(**shape, num_heads=heads[0], num_kv_heads=heads[1])).requires_grad_(False)
+        decoder = Decoder(DecoderConfig(**shape, num_heads=num_heads, num_kv_heads=num_kv_heads)).requires_grad_(False)
         for parameter in decoder.parameters():
             if parameter.ndim > 1:
                 parameter.normal_(std=2.0 * parameter.shape[1] ** -0.5)
-    s = settings(max_tokens=48, mask_id=151_669, forbidden_ids=tuple(range(151_669, 151_936)), stop_ids=(), temperature=0.8)
-    s = dataclasses.replace(s, strategy="low_confidence_dynamic", threshold=0.5)
-    requests = requests_of(48, 1200, 151_000)
-    engine = PagedBlockEngine(decoder, SDAR, max_active=64)
-    ours = engine.generate(requests, s)
+    return decoder.to(dtype)
+
+
+LARGE = dict(
+    max_tokens=48,
+    mask_id=151_669,
+    forbidden_ids=tuple(range(151_669, 151_936)),
+    stop_ids=(),
+    temperature=0.8,
+    strategy="low_confidence_dynamic",
+    threshold=0.5,
+)
+
+
+@pytest.mark.parametrize("heads", [(32, 8), (16, 16)])
+def test_large_layers_equal_the_eager_engine(heads: tuple[int, int]) -> None:
+    """In float32, at a temperature, up to 1,200 tokens of context."""
+    decoder, s, requests = large_decoder(*heads), settings(**LARGE), requests_of(48, 1200, 151_000)
+    ours = PagedBlockEngine(decoder, SDAR, max_active=64).generate(requests, s)
     apart = compare(decoder, requests, ours, BlockEngine(decoder, SDAR, 64).generate(requests, s), s)
-    record_property("apart", apart)
+    print(f"{apart} of {len(ours)} sequences differ behind a near tie")
     assert apart <= 1
+
+
+@torch.no_grad()
+def gaps_to_trainer(decoder: Decoder, rollouts: list[Rollout], s: SamplingSettings) -> torch.Tensor:
+    """Differences of the recorded log-probs to the trainer's, one per token."""
+    training = SimpleNamespace(method="TraceRL", block_size=s.block_size, max_gen_length=10_000, shrink=1, post_num=None)
+    layout, found = Layout("block", training), []
+    for rollout in rollouts:
+        predictions = number([layout.document(0, layout.sampled(rollout, 0), None)])
+        pack = build_pack([layout.document(0, layout.sampled(rollout, 0), None)], s.mask_id)
+        logprobs, _ = Policy(decoder, list(s.forbidden_ids), s.logits_temperature, backend="dense").to(CUDA)(pack.to(CUDA))
+        found.append(logprobs.cpu() - torch.tensor([rollout.logprobs[offset] for offset in predictions.offset]))
+    return torch.cat(found)
+
+
+def test_bfloat16_rounds_no_worse_than_the_trainer() -> None:
+    """Log-probs of the same tokens by engine and trainer, each against the same weights in float32, and against each other: they
+    round in different places, so their difference is that of both."""
+    decoder, s, requests = large_decoder(32, 8, torch.bfloat16), settings(**LARGE), requests_of(48, 1200, 151_000)
+    exact = copy.deepcopy(decoder).float()
+    errors = {}
+    for engine in [PagedBlockEngine(decoder, SDAR, max_active=64), BlockEngine(decoder, SDAR, 64)]:
+        name, rollouts = type(engine).__name__, engine.generate(requests, s)
+        of_engine, to_trainer = gaps_to_trainer(exact, rollouts, s), gaps_to_trainer(decoder, rollouts, s)
+        of_trainer = of_engine - to_trainer
+        for what, gap in [(name, of_engine), (f"trainer with {name}", of_trainer), (f"{name} to trainer", to_trainer)]:
+            size, k3 = gap.abs(), (gap.exp() - 1 - gap).mean()
+            errors[what] = float(size.mean())
+            numbers = f"mean {size.mean():.1e}, bias {gap.mean():+.1e}, 99th percentile {size.quantile(0.99):.1e}"
+            print(f"{what}, {len(gap)} tokens: {numbers}, largest {size.max():.1e}, k3 {k3:.1e}")
+        assert abs(float(to_trainer.mean())) < 0.2 * errors[f"{name} to trainer"]
+    ours, trainer = errors["PagedBlockEngine"], errors["trainer with PagedBlockEngine"]
+    assert ours < 1.2 * trainer and errors["PagedBlockEngine to trainer"] < 1.5 * (ours**2 + trainer**2) ** 0.5
 
 
 def test_a_thousand_requests_together_and_alone_in_any_cache() -> None:
@@ -153,6 +206,7 @@ def test_a_thousand_requests_together_and_alone_in_any_cache() -> None:
         apart.append(compare(decoder, requests, engine.generate(requests, s), expected, s))
     alone = [engine.generate([request], s)[0] for request in requests[::8]]
     apart.append(compare(decoder, requests, alone, expected[::8], s))
+    print(f"{apart} of {[len(requests)] * 2 + [len(alone)]} sequences differ behind a near tie")
     assert max(apart) <= 10
 
 

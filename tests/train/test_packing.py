@@ -11,9 +11,10 @@ import torch
 from models.attention import TokenIds, dense_mask, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
+from train.layout import Layout
 from train.methods.tracerl import trace_slices
-from train.objectives import token_weights
-from train.packing import assign, build_document, build_pack, number, split_long, split_rows
+from train.objectives import kl_weights, token_weights
+from train.packing import Predictions, assign, build_document, build_pack, number, split_long, split_rows
 from train.policy import Policy
 from train.traces import Response
 
@@ -190,8 +191,6 @@ def test_an_empty_micro_batch_counts_nothing(tiny):
 
 def test_token_weights_by_hand():
     # Response 0: rows k=0 (two tokens, one slice) and k=1 (one token); response 1: one row of three tokens in two slices.
-    from train.packing import Predictions
-
     p = Predictions(
         response=np.array([0, 0, 0, 1, 1, 1]),
         offset=np.array([0, 1, 2, 0, 1, 2]),
@@ -205,3 +204,96 @@ def test_token_weights_by_hand():
     assert weights["response"] == pytest.approx([1 / 6] * 6)
     assert weights["token"] == pytest.approx([1 / 6] * 6)
     assert weights["constant"] == pytest.approx([1 / 200] * 6)
+
+
+# -- full attention: a slice is a canvas
+
+
+def canvas_documents(count=4, seed=0, shortest_prompt=1, method="TraceRL"):
+    rng = np.random.default_rng(seed)
+    training = SimpleNamespace(method=method, shrink=1, post_num=None)
+    layout, documents = Layout("full", training), []
+    for index in range(count):
+        length = int(rng.integers(3, 9))
+        steps = rng.integers(0, 5, length)
+        prompt = rng.integers(0, 25, shortest_prompt + index)
+        documents.append(layout.document(index, Response(prompt, rng.integers(0, 25, length), length, steps), None))
+    return documents
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+def test_a_canvas_is_a_document_of_its_own(tiny, shift):
+    """Each slice by its own plain forward; a shifted token at position 0 is predicted by its own row, as in sampling."""
+    documents = canvas_documents(shortest_prompt=0)
+    number(documents)
+    pack = build_pack(documents, tiny.mask_id, round_to=32, logit_shift=shift)
+    widths = [document.block_size for document in documents for _ in document.trace.block]
+    _, lengths = torch.unique_consecutive(pack.token_ids.document, return_counts=True)
+    assert lengths.tolist() == widths + [1] * pack.num_filler
+    assert torch.equal(pack.positions[: sum(widths)], torch.cat([torch.arange(width) for width in widths]))
+    expected = []
+    for document in documents:
+        for hidden, predicted in zip(document.trace.hidden, document.trace.predicted, strict=True):
+            ids = torch.tensor(np.where(hidden, tiny.mask_id, document.ids))
+            n = len(ids)
+            states = tiny.decoder(ids, torch.arange(n), masked_attention(torch.ones(n, n, dtype=torch.bool)))
+            for position in np.flatnonzero(predicted):
+                logits = tiny.decoder.lm_head(states[max(position - shift, 0)])
+                logits[tiny.forbidden_ids] = -torch.inf
+                expected.append(logits.log_softmax(-1)[document.ids[position]])
+    with torch.no_grad():
+        logprobs, _ = Policy(tiny.decoder, tiny.forbidden_ids)(pack)
+    assert (logprobs - torch.stack(expected)).abs().max() < 1e-5
+    assert any(document.trace.predicted[:, 0].any() for document in documents), "position 0 is among them"
+
+
+def test_the_row_before_a_block_is_clean():
+    """Blocks of two behind a prompt of four: with shifted logits a block's first token is predicted by the text before it."""
+    r = Response(np.arange(4), np.arange(10, 14), 4, np.array([1, 2, 3, 3]))
+    documents = [build_document(0, r, trace_slices(r, 2, TRAINING, None), 2)]
+    number(documents)
+    # Clean: positions 0-5; slices: 6-7 (both masked), 8-9 (the second masked), 10-11.
+    assert build_pack(documents, 27).rows.tolist() == [6, 9, 10, 11]
+    assert build_pack(documents, 27, logit_shift=1).rows.tolist() == [3, 8, 5, 10]
+
+
+def test_next_token_is_the_causal_forward(tiny):
+    rng = np.random.default_rng(4)
+    layout = Layout("full", SimpleNamespace(method="ar", post_num=None))
+    texts = [(0, 5), (3, 6), (9, 2)]
+    responses = [Response(rng.integers(0, 25, p), rng.integers(0, 25, n), n) for p, n in texts]
+    documents = [layout.document(index, response, None) for index, response in enumerate(responses)]
+    number(documents)
+    assert [document.num_tokens for document in documents] == [p + n - 1 for p, n in texts], "no slices, and nobody reads the last"
+    assert split_long(documents[1], 4) == [documents[1]], "there is nothing to leave out"
+    pack = build_pack(documents, tiny.mask_id, logit_shift=1)
+    with torch.no_grad():
+        logprobs, _ = Policy(tiny.decoder, tiny.forbidden_ids)(pack)
+        expected = []
+        for response in responses:
+            ids = torch.tensor(np.concatenate([response.prompt_ids, response.response_ids]))
+            n = len(ids)
+            causal = torch.ones(n, n, dtype=torch.bool).tril()
+            logits = tiny.decoder.lm_head(tiny.decoder(ids, torch.arange(n), masked_attention(causal)))
+            logits[:, tiny.forbidden_ids] = -torch.inf
+            log_p = logits.log_softmax(-1)
+            expected += [log_p[p - 1, ids[p]] for p in range(max(1, len(response.prompt_ids)), n)]
+    assert (logprobs - torch.stack(expected)).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("attention, reference", [("block", [1 / 30] * 6), ("full", [1 / 6, 1 / 6, 1 / 3, 1 / 9, 1 / 9, 1 / 9])])
+def test_reference_weights_of_both_attention_kinds(attention, reference):
+    p = Predictions(
+        response=np.array([0, 0, 0, 1, 1, 1]),
+        offset=np.array([0, 1, 2, 0, 1, 2]),
+        rank=np.array([0, 0, 1, 0, 0, 0]),
+        slice=np.array([0, 0, 1, 2, 2, 2]),
+        weight=np.array([1.0, 1.0, 1.0, 1.0, 1.0, 2.0]),
+    )
+    expected = np.array(reference) * p.weight
+    weights = token_weights(p, "reference", 10, 100, attention)
+    assert weights == pytest.approx(expected)
+    of_kl = kl_weights(p, weights, "reference", attention)
+    assert of_kl == pytest.approx(np.array([1, 1, 1, 1, 1, 2]) / 3 if attention == "full" else expected)
+    token = token_weights(p, "token", 10, 100, attention)
+    assert kl_weights(p, token, "token", attention) is token

@@ -189,10 +189,7 @@ def long_responses(layout: Layout) -> list[Response]:
     """One that is far longer than the small budgets below, and two short ones."""
     rng = np.random.default_rng(4)
     texts = [(7, 150), (3, 5), (10, 9)]
-    return [
-        as_response(rng.integers(0, 25, p).tolist(), rng.integers(0, 25, n).tolist(), None, 25, layout)
-        for p, n in texts
-    ]
+    return [as_response(rng.integers(0, 25, p).tolist(), rng.integers(0, 25, n).tolist(), None, 25, layout) for p, n in texts]
 
 
 def one_step(accelerator: Any, budget: int, *overrides: str) -> dict[str, Any]:
@@ -295,6 +292,11 @@ def test_a_fingerprint_is_of_tokens_and_steps():
     steps = [as_response([1, 2, 3], [4, 5], [2, 1], 9, layout)]
     assert len({fingerprint(one), fingerprint(other), fingerprint(steps), fingerprint(one + other)}) == 4
     assert fingerprint(one) == fingerprint([as_response([1, 2, 3], [4, 5], [1, 2], 9, layout)])
+
+
+def test_a_ratio_that_counts_twice_is_refused():
+    with pytest.raises(UserError, match="training.loss_weight_by_ratio: got true with loss_weighting=reference"):
+        sft_config("model.model_base=llada", "training.loss_weight_by_ratio=true", "training.loss_weighting=reference")
 
 
 def test_both_kinds_of_validation_data_contradict_each_other(tmp_path: Path):

@@ -8,9 +8,12 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from train.layout import Layout
 from train.methods.coupled import coupled_mask_slices
 from train.methods.random_masking import random_mask_slices
+from train.methods.semi_ar import semi_ar_slices
 from train.methods.tracerl import trace_slices
+from train.returns import NOT_TRAINED, response_times
 from train.traces import Response, dense_rank, limit_pads
 
 
@@ -120,3 +123,77 @@ def test_a_coupled_pair_predicts_every_token_once():
         own = trace.select(trace.rank // 2 == pair)
         positions = (own.block[:, None] * 4 + np.arange(4))[own.predicted]
         assert sorted(positions - 6) == list(range(9))
+
+
+# -- full attention: prompt and response are one block
+
+
+def canvas(r, method="TraceRL", seed=0, **changes):
+    layout = Layout("full", training(method=method, **changes))
+    return layout.document(0, r, np.random.default_rng(seed)).trace
+
+
+def test_steps_of_a_canvas_are_those_of_the_response():
+    trace = canvas(response(2, [2, 1, 1, 4, 9, 0], num_trained=4))
+    # Behind the stop (position 3) tokens were sampled too: they have ranks, and are seen from their step on. The last never was.
+    assert show(trace) == [(0, 0, "..?##???"), (0, 1, "..#..???"), (0, 2, ".....#??")]
+    trace = canvas(response(2, [2, 1, 1, 4, 9, 0], num_trained=4), shrink=2)
+    assert show(trace) == [(0, 0, "..###???"), (0, 1, ".....#??")]
+
+
+def test_times_of_returns_are_the_slices():
+    """Steps are joined alike; a token that was never revealed comes last, and names no step."""
+    layout = Layout("full", training(method="TraceRL", shrink=2))
+    r = response(2, [2, 1, 5, 4, 9, 0])
+    times = response_times(layout.grid(r), r.step_map, np.ones(6, bool), 2)
+    assert times.tolist() == [2, 2, 5, 5, 9, NOT_TRAINED]
+
+
+def test_of_the_pads_of_a_canvas_the_first_are_trained_wherever_they_are_revealed():
+    pads = [False, False, True, True, True]
+    r = response(1, [1, 2, 3, 1, 2], is_pad=pads)
+    assert show(canvas(r, post_num=1)) == [(0, 0, ".#????"), (0, 1, "..#?.?"), (0, 2, "...#..")]
+    assert canvas(r, post_num=None).predicted.sum() == 5 and canvas(r, post_num=0).predicted.sum() == 2
+
+
+@pytest.mark.parametrize("method", ["random_masking", "coupled"])
+def test_random_masks_of_a_canvas_hide_all_that_is_not_trained_behind_the_response(method):
+    r = response(3, [1] * 8, num_trained=5)
+    trace = canvas(r, method, mask_times_per_sample=40)
+    assert not trace.hidden[:, :3].any() and trace.hidden[:, 8:].all() and not trace.predicted[:, 8:].any()
+    assert (trace.hidden[:, :8] == trace.predicted[:, :8]).all()
+    assert 0 < trace.predicted[:, 3:8].mean() < 1 and len(np.unique(trace.rank)) == len(trace.rank)
+    if method == "coupled":
+        pairs = [trace.predicted[trace.rank // 2 == pair].sum(axis=0)[3:8].tolist() for pair in range(40)]
+        assert pairs == [[1] * 5] * 40
+
+
+def test_semi_autoregressive_canvases():
+    """Blocks of two from the start of the response: clean before, masked behind as far as the canvas goes, the last one shorter."""
+    r = response(3, [1] * 7, num_trained=6)
+    trace = canvas(r, "semi-ar", block_size=2, lower_p=1.0, upper_p=1.0)
+    assert show(trace) == [(0, 0, "...##?????"), (0, 1, ".....##???"), (0, 2, ".......##?")]
+    trace = canvas(r, "semi-ar", block_size=2, mask_times_per_sample=30, complementary_mask=True, loss_weight_by_ratio=True)
+    for hidden, predicted, rank, weight in zip(trace.hidden, trace.predicted, trace.rank, trace.weight, strict=True):
+        start = 3 + 2 * (rank % 4)
+        assert not hidden[:start].any() and hidden[start + 2 :].all() and hidden[9]
+        assert not predicted[:start].any() and not predicted[start + 2 :].any()
+        assert (hidden[start : start + 2] == predicted[start : start + 2]).all() and weight == 2 / predicted.sum()
+    for pair in range(30):  # of a mask and its complement, over all blocks
+        assert trace.predicted[trace.rank // 8 == pair].sum(axis=0).tolist() == [0] * 3 + [1] * 6 + [0]
+    assert {int(p.sum()) for p in trace.predicted} == {1, 2}
+    # A block as wide as the canvas: one slice, and the masks of random_mask.
+    wide = canvas(r, "semi-ar", block_size=50, mask_times_per_sample=5, seed=3)
+    assert show(wide) and (wide.hidden[:, :9] == wide.predicted[:, :9]).all() and wide.hidden[:, 9].all()
+
+
+def test_semi_autoregressive_blocks_of_a_block_model_are_its_slices():
+    r, masks = response(6, [1] * 10), training(mask_times_per_sample=5, block_size=4)
+    ours, theirs = (method(r, 4, masks, np.random.default_rng(2)) for method in (semi_ar_slices, random_mask_slices))
+    assert show(ours) == show(theirs)
+
+
+def test_next_token_trains_the_response_in_one_row():
+    trace = canvas(response(3, [1] * 4, num_trained=3), "ar")
+    assert trace.block.tolist() == [3, 4, 5] and trace.reads_clean and (trace.rank == 0).all()
+    assert canvas(response(0, [1] * 4), "ar").block.tolist() == [1, 2, 3], "nothing stands before position 0"

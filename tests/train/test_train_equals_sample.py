@@ -220,9 +220,7 @@ SLICES = {
 }
 
 
-@pytest.mark.parametrize(
-    "family, method", [("sdar", m) for m in SLICES] + [(f, m) for f in FULL_ATTENTION for m in CANVAS_SLICES]
-)
+@pytest.mark.parametrize("family, method", [("sdar", m) for m in SLICES] + [(f, m) for f in FULL_ATTENTION for m in CANVAS_SLICES])
 def test_the_slices_of_every_method(models, family, method):
     """Also where sampling never saw them: the trainer's log-probs are those of a forward over clean text and the masked block."""
     overrides = SLICES[method] if family == "sdar" else CANVAS_SLICES[method]

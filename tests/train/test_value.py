@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from common import dist
+from common.records import ScoredRollout
 from models.value import load_value_model, save_value_model
-from tests.train.steps import forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from tests.train.steps import (
+    FULL_ATTENTION,
+    forget_accelerator,
+    requests_of_every_remainder,
+    rl_config,
+    sample,
+    scored,
+    tiny_model,
+)
 from train.layout import Layout
 from train.packing import Predictions, number
 from train.policy import policy_trainer
@@ -41,12 +53,25 @@ def test_explained_variance():
     assert explained_variance(np.ones(3), np.ones(3)) == 0
 
 
+MAX_TOKENS = {"sdar": 11, **dict.fromkeys(FULL_ATTENTION, 12)}
+
+
 @pytest.fixture(scope="module")
-def rollouts():
-    out = scored(sample(tiny_model(3), requests_of_every_remainder(4, seed=5, num_samples=2), block_size=4, max_tokens=11))
-    for n, rollout in enumerate(out):
-        rollout.reward = float(n % 2)
-    return out
+def rollouts_of():
+    @functools.cache
+    def make(family: str) -> list[ScoredRollout]:
+        requests = requests_of_every_remainder(4, seed=5, num_samples=2)
+        out = scored(sample(tiny_model(3, family), requests, block_size=4, max_tokens=MAX_TOKENS[family]))
+        for n, rollout in enumerate(out):
+            rollout.reward = float(n % 2)
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def rollouts(rollouts_of):
+    return rollouts_of("sdar")
 
 
 def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
@@ -58,40 +83,42 @@ def test_process_and_outcome_rewards_reach_their_tokens(rollouts):
     rollout = type(rollout)(**{**vars(rollout), "token_rewards": [0.25] * len(rollout.response_ids), "outcome": 3.0})
     response = sampled_response(rollout, 100, 4, 0)
     starts = np.array([0, len(response.response_ids)])
-    returns, advantages = token_returns(
-        [rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, layout
-    )
+    returns, advantages = token_returns([rollout], [response], np.zeros(starts[-1]), predictions([0] * n, range(n)), starts, layout)
     # Static unmasking reveals one token a step: the return of step t of n is 0.25 (n - t) + 3, the last token's own included.
     order = np.argsort(np.argsort(rollout.step_map[:n]))
     assert returns[:n] == pytest.approx(0.25 * (n - order) + 3.0)
     assert advantages[:n] == pytest.approx(returns[:n]) and not returns[n:].any()
 
 
-@pytest.fixture
-def saved_model(tmp_path):
+def save(family: str, folder: Path) -> str:
     from models.checkpoint import save_pretrained
     from tests.models.test_checkpoint import state
 
-    model = tiny_model(3)
-    save_pretrained(model, state(model), tmp_path / "model")
-    return str(tmp_path / "model")
+    model = tiny_model(3, family)
+    save_pretrained(model, state(model), folder)
+    return str(folder)
 
 
-@pytest.mark.parametrize("method", ["TraceRL", "coupled"])
-def test_the_critic_learns_what_the_rewards_are(rollouts, saved_model, method, tmp_path):
+@pytest.fixture
+def saved_model(tmp_path):
+    return save("sdar", tmp_path / "model")
+
+
+@pytest.mark.parametrize("family, method", [("sdar", "TraceRL"), ("sdar", "coupled"), ("llada", "coupled"), ("dream", "TraceRL")])
+def test_the_critic_learns_what_the_rewards_are(rollouts_of, family, method, tmp_path):
     """On one batch, over and over: the explained variance rises from nothing, and the policy's advantages shrink."""
     forget_accelerator()
+    rollouts = rollouts_of(family)
     overrides = [
-        f"model.value_base_model={saved_model}",
+        f"model.value_base_model={save(family, tmp_path / 'model')}",
         f"training.method={method}",
-        "rollout.max_token=11",
+        f"rollout.max_token={MAX_TOKENS[family]}",
         "optimizer.name=adamw",
     ]
-    config = rl_config(
-        *overrides, "optimizer.params.learning_rate=1e-6", "optimizer.params.value_learning_rate=3e-3", "training.eps=10"
-    )
+    rates = ["optimizer.params.learning_rate=1e-6", "optimizer.params.value_learning_rate=3e-3"]
+    config = rl_config(*overrides, *rates, "training.eps=10", family=family)
     accelerator = dist.make_accelerator(config)
-    model = tiny_model(3)
+    model = tiny_model(3, family)
     trainer = policy_trainer(model, config, accelerator, 1.0)
     value = ValueUpdate(config, dist.value_accelerator(accelerator))
     update = PolicyUpdate(trainer, config, model.fill_id, value=value)
@@ -102,7 +129,7 @@ def test_the_critic_learns_what_the_rewards_are(rollouts, saved_model, method, t
 
     value.save_checkpoint(tmp_path / "value")
     forget_accelerator()
-    _, again = load_value_model(str(tmp_path / "value"), "sdar", torch.float32)
+    _, again = load_value_model(str(tmp_path / "value"), family, torch.float32)
     ours = dict(value.trainer.module.model.named_parameters())
     assert all(torch.equal(p, ours[name]) for name, p in again.named_parameters() if not name.startswith("decoder.lm_head"))
 
@@ -123,12 +150,15 @@ def test_it_is_updated_every_so_many_steps(rollouts, saved_model):
     assert taken == [0, 1, 1]
 
 
-def test_a_head_on_the_trunk_adds_its_loss_to_the_policy_s(rollouts):
+@pytest.mark.parametrize("family", ["sdar", *FULL_ATTENTION])
+def test_a_head_on_the_trunk_adds_its_loss_to_the_policy_s(rollouts_of, family):
     """The loss is the policy's with the critic's advantages plus the weighted value loss, by hand from the outputs."""
     forget_accelerator()
-    config = rl_config("model.value_shared=true", "training.value_loss_weight=0.25", "rollout.max_token=11", "training.eps=0.2")
+    rollouts = rollouts_of(family)
+    settings = ["model.value_shared=true", "training.value_loss_weight=0.25", "training.eps=0.2"]
+    config = rl_config(*settings, f"rollout.max_token={MAX_TOKENS[family]}", family=family)
     accelerator = dist.make_accelerator(config)
-    model = tiny_model(3)
+    model = tiny_model(3, family)
     trainer = policy_trainer(model, config, accelerator, 1.0)
     with torch.no_grad():
         trainer.module.value_head.weight.fill_(0.05)
@@ -205,3 +235,46 @@ def test_resting_twice_loses_nothing(saved_model):
     value.wake()
     forget_accelerator()
     assert all(torch.equal(p, before[name]) for name, p in value.trainer.module.named_parameters())
+
+
+@pytest.mark.parametrize("family", ["sdar", "dream"])
+def test_advantages_are_over_all_rows_however_few_are_trained(rollouts_of, family):
+    """Returns and values run through every step of a response; a draw of its rows leaves them as they are."""
+    found = {}
+    for max_rows in ("null", "2"):
+        forget_accelerator()
+        settings = [f"rollout.max_token={MAX_TOKENS[family]}", "model.value_shared=true"]
+        config = rl_config(*settings, f"training.max_rows_per_response={max_rows}", family=family)
+        model = tiny_model(3, family)
+        trainer = policy_trainer(model, config, dist.make_accelerator(config), 1.0)
+        with torch.no_grad():
+            trainer.module.value_head.weight.fill_(0.05)
+        update = PolicyUpdate(trainer, config, model.fill_id, value=SharedValueUpdate(trainer, config))
+        found[max_rows] = update(rollouts_of(family), 1)
+    forget_accelerator()
+    assert found["2"]["train/num_predictions"] < found["null"]["train/num_predictions"]
+    for name in ("value/mean", "value/return", "value/explained_variance"):
+        assert found["2"][name] == pytest.approx(found["null"][name], rel=1e-6)
+
+
+def test_returns_of_a_canvas_by_hand():
+    """Steps are those of the whole response, and what is behind the stop or was never revealed takes no part."""
+    layout = Layout("full", rl_config("training.gam=0.5", "training.lam=1.0", family="llada").training)
+    rollout = ScoredRollout("t", 0, [1, 2], [3, 4, 5, 6, 7], [4, 2, 2, 5, 0], [0.0] * 5, [0.0] * 5, 3, "stop", 5, 0, 2, reward=1.0)
+    response = layout.sampled(rollout, 0)
+    returns, advantages = token_returns(
+        [rollout], [response], np.array([0.1, 0.2, 0.4, 9.0, 9.0]), predictions([0, 0, 0], [0, 1, 2]), np.array([0, 5]), layout
+    )
+    # Step 2 reveals tokens 1 and 2, step 4 token 0, the last one that is trained: it has the reward.
+    assert returns == pytest.approx([1.0, 0.5, 0.5, 0, 0])
+    assert advantages == pytest.approx([0.9, 0.5 - 0.2, 0.5 - 0.4, 0, 0])
+
+
+def test_token_rewards_of_a_canvas_that_was_cut():
+    layout = Layout("full", rl_config("training.gam=1.0", "training.lam=1.0", "training.max_gen_length=2", family="llada").training)
+    rollout = ScoredRollout("t", 0, [1, 2], [3, 4, 5, 6], [2, 1, 3, 4], [0.0] * 4, [0.0] * 4, 3, "stop", 4, 0, 2)
+    rollout.token_rewards, rollout.outcome = [0.5, 0.25, 8.0, 8.0], 1.0
+    response = layout.sampled(rollout, 0)
+    p, starts = predictions([0, 0], [0, 1]), np.array([0, 2])
+    returns, _ = token_returns([rollout], [response], np.zeros(2), p, starts, layout)
+    assert returns == pytest.approx([0.5 + 1.0, 0.25 + 0.5 + 1.0]), "the outcome falls on the last step that is trained"

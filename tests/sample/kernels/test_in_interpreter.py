@@ -14,6 +14,7 @@ import torch
 from tests.sample.kernels.conftest import INTERPRET
 
 
+@pytest.mark.timeout(900)  # of one process; a minute where the machine does nothing else
 @pytest.mark.skipif(INTERPRET or torch.cuda.is_available(), reason="the tests of this folder run in this very process")
 def test_kernels_in_the_interpreter() -> None:
     pytest.importorskip("triton")

@@ -74,9 +74,9 @@ def test_plan_by_hand(device: torch.device) -> None:
     assert rows(plan.positions) == [[0, 0], [6, 7], [64, 65], [0, 0], [0, 0], [2, 3], [62, 63]]
     entries = [[-1, -1], [134, 135], [192, 193], [-1, -1], [-1, -1], [322, 323], [510, 511]]
     assert rows(plan.entries) == entries
-    assert plan.head_rows.tolist() == [3, 4, 5, 10] and plan.head_item.tolist() == [1, 2, 2, 5]
+    assert plan.head_rows.tolist() == [3, 4, 5, 10]
     assert plan.draw_of.tolist() == [[-1, -1], [-1, 0], [1, 2], [-1, -1], [-1, -1], [3, -1]]
-    assert (plan.num_head.item(), plan.num_commits.item()) == (4, 1)
+    assert plan.num_head.item() == 4
     keys = torch.tensor([[2, 3], [0, 1], [0, 1], [8, 9]], dtype=torch.int32)
     expected = noise.row_keys(keys, torch.tensor([7, 64, 65, 2]), torch.tensor([1, 6, 6, 10]))
     assert plan.row_keys.tolist() == expected.tolist()
@@ -87,13 +87,13 @@ def test_plan_by_hand(device: torch.device) -> None:
     assert plan.runs.tolist() == [False, True, True, False, False, False]
     assert plan.commit_of.tolist() == [-1, -1, 0, -1, -1, -1]
     assert plan.entries.view(8, 2)[5:].tolist() == [[-1, -1], [510, 511], [-1, -1]]
-    assert (plan.num_head.item(), plan.num_commits.item()) == (3, 1)
+    assert plan.num_head.item() == 3
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
 def test_kernel_equals_reference(size: int, device: torch.device) -> None:
     stalled = 0
-    for seed, (n, num_slots) in enumerate([(1, 1), (5, 9), (13, 8)] + [(40, 40)] * (device.type == "cuda")):
+    for seed, (n, num_slots) in enumerate([(1, 1), (9, 12)] if device.type == "cpu" else [(1, 1), (9, 12), (13, 8), (40, 40)]):
         slots, table = random_slots(num_slots, size, seed)
         g = torch.Generator().manual_seed(seed)
         for c, h in [(n, n * size), (n // 3, n * size), (n // 2, max(1, n * size // 3))]:

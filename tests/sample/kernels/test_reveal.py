@@ -39,11 +39,11 @@ def compare(slots, table, plan, draws, settings, device, seen: set) -> None:
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 16])
 def test_kernel_equals_reference(size: int, strategy: str, device: torch.device) -> None:
     seen: set[tuple[int, int]] = set()
     for seed in range(2):
-        num_slots, n = [(9, 9), (18, 20)][seed] if device.type == "cpu" else [(100, 120), (300, 300)][seed]
+        num_slots, n = [(9, 9), (12, 13)][seed] if device.type == "cpu" else [(100, 120), (300, 300)][seed]
         settings = SamplingSettings(
             max_tokens=1,
             mask_id=5,
@@ -57,8 +57,10 @@ def test_kernel_equals_reference(size: int, strategy: str, device: torch.device)
         slots, table = random_slots(num_slots, size, seed)
         slots.masked[::2] = torch.arange(size) == size // 2  # one is left of every second block
         slots.end[::4] = slots.start[::4] + size
-        plan = Plan.empty(n, max(1, n // 3), max(size, n * size // 3), size, "cpu")
-        plan.order.copy_(random_order(n, num_slots, seed))
+        order = random_order(n, num_slots, seed)
+        needed = int((slots.masked & slots.active[:, None])[order[order >= 0].long()].sum())
+        plan = Plan.empty(n, *[(n, n * size), (n // 2, needed // 2)][seed], size, "cpu")
+        plan.order.copy_(order)
         compare(slots, table, plan, random_draws(len(plan.head_rows), seed), settings, device, seen)
     assert {(EMPTY, 0), (STALLED, 0)} <= seen and {(RAN, 1), (DONE, 0)} & seen
 

@@ -35,6 +35,12 @@ def in_kernel(device: torch.device, logits, keys, s, forbidden, num_rows=None):
     return draw_rows(logits.to(device, copy=True), keys.to(device), s, forbidden.to(device), num_rows)
 
 
+def exact_draws(logits, keys, s, forbidden):
+    """The reference in float64: in float32, torch's log-softmax of 150,000 ids on the CPU is 4e-6 off, and the entropy 3e-5."""
+    draws = draw_rows_reference(logits.double(), keys, s, forbidden)
+    return type(draws)(draws.tokens, *(getattr(draws, f.name).float() for f in dataclasses.fields(draws)[1:]))
+
+
 def assert_close(ours, theirs, rows: int | None = None) -> None:
     for field in dataclasses.fields(theirs):
         one, other = getattr(ours, field.name)[:rows].cpu(), getattr(theirs, field.name)[:rows]
@@ -66,17 +72,17 @@ def test_noise_is_equal_bit_for_bit(device: torch.device) -> None:
 
 
 @jit
-def exponential_kernel(v_ptr, out_ptr, COUNT: tl.constexpr):
+def exponential_kernel(v_ptr, out_ptr, APPROXIMATE: tl.constexpr, COUNT: tl.constexpr):
     i = tl.arange(0, COUNT)
-    tl.store(out_ptr + i, exponential(tl.load(v_ptr + i)))
+    tl.store(out_ptr + i, exponential(tl.load(v_ptr + i), APPROXIMATE))
 
 
 def test_exponential(device: torch.device) -> None:
-    edges = torch.tensor([2.0**-32, 0.125, 0.12499999, 0.5, 1 - 2.0**-24, 0.9, 0.1, 0.2])
+    edges = torch.tensor([2.0**-32, 0.0625, 0.06249999, 0.5, 1 - 2.0**-24, 0.9, 0.1, 0.2])
     v = torch.cat([torch.logspace(-31, 0, 2040, base=2) * 0.99, edges])
     out = torch.empty(2048, device=device)
-    exponential_kernel[(1,)](v.to(device), out, COUNT=2048)
-    exact = -torch.log1p(-v.double())
+    exponential_kernel[(1,)](v.to(device), out, APPROXIMATE=device.type == "cuda", COUNT=2048)
+    exact = -torch.log1p(-v.double()) / math.log(2)
     assert ((out.cpu().double() - exact).abs() / exact).max() < 3e-6  # as far off may a Gumbel value be, which is its logarithm
 
 
@@ -85,19 +91,18 @@ def test_exponential(device: torch.device) -> None:
 def test_kernel_equals_reference(decoding: dict, target: str, device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     s = settings(target=target, **decoding)
     if device.type == "cpu":
-        monkeypatch.setattr(sampler, "TILE", 64)  # several tiles and splits of a small vocabulary
-    for h, vocab_size in [(3, 1), (2, 50), (5, 700)] + [(48, 151_936)] * (device.type == "cuda"):
+        monkeypatch.setattr(sampler, "LANES", 16)  # several tiles and splits of a small vocabulary
+    shapes = [(1, 50), (3, 300)] if device.type == "cpu" else [(1, 50), (5, 700), (9, 4099), (1, 151_936), (48, 151_936)]
+    for h, vocab_size in shapes:
         logits, keys, forbidden = random_rows(h, vocab_size, seed=h)
         forbidden[0] = False
-        if target == "margin_confidence" and vocab_size == 1:
-            continue
-        theirs = draw_rows_reference(logits.clone(), keys, s, forbidden)
+        theirs = exact_draws(logits, keys, s, forbidden)
         assert not forbidden[theirs.tokens].any()
         assert_close(in_kernel(device, logits, keys, s, forbidden), theirs)
 
 
 def test_ties_go_to_the_lowest_id(device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampler, "TILE", 32)
+    monkeypatch.setattr(sampler, "LANES", 8)
     logits = torch.zeros(4, 300)
     logits[0, [299, 130, 131]] = 5.0
     logits[1, [7, 8]] = 5.0
@@ -163,7 +168,9 @@ def test_all_else_is_torch(changes: dict, any_device: torch.device, monkeypatch:
 
 def test_draws_follow_the_distribution(device: torch.device) -> None:
     """Frequencies within four standard deviations."""
-    n = 100 if device.type == "cpu" else 40_000
+    if device.type == "cpu":
+        pytest.skip("many draws take the interpreter long; they equal the reference's, whose frequencies are tested")
+    n = 40_000
     p = torch.tensor([0.1, 0.4, 0.0, 0.2, 0.3])
     keys = torch.randint(-(2**31), 2**31, (n, 2), generator=torch.Generator().manual_seed(4)).int()
     draws = in_kernel(device, p.log().repeat(n, 1), keys, settings(), torch.zeros(5, dtype=torch.bool))

@@ -22,6 +22,7 @@ from sample.kernels.sampler import draw_rows
 from sample.pages import PAGE
 from sample.slots import DONE, EMPTY, RAN, STALLED, Constants, Plan, Results, Slots, empty_status
 from tests.sample.kernels.conftest import INTERPRET
+from tests.sample.kernels.test_plan import on
 from tests.sample.reference import MASK, STOPS, VOCAB_SIZE, random_requests
 
 NUM_STATES = 97
@@ -135,7 +136,7 @@ class Loop:
         while self.waiting or self.occupant:
             self.admit()
             self.step()
-        results, rollouts = self.results.cpu(), []
+        results, rollouts = on("cpu", self.results), []
         for row, (request, sample) in enumerate(self.all):
             length, forwards = int(results.length[row]), int(results.num_forwards[row])
             response = [x[row, :length] for x in (results.tokens, results.step_map, results.logprobs, results.entropy)]

@@ -1,0 +1,94 @@
+"""Settings of full attention: what cannot be meant, what is said to be unused, and the shipped files."""
+
+from __future__ import annotations
+
+import pytest
+
+from common.errors import UserError
+from configs.load import load_config
+from models.registry import FAMILIES
+from tests.configs.test_load import MINIMAL, SHIPPED, job_of
+
+CANVAS = """
+experiment: {project: runs/x}
+model: {pretrained_model: somewhere, model_base: llada}
+dataset: {train_dataset: a, eval_dataset: b, optimization_data: c}
+rollout: {max_gen_length: 128, block_size: 32}
+"""
+
+CANVAS_MISTAKES = [
+    ("rl", ["rollout.max_gen_length=100"], "got 100, must be a multiple of rollout.block_size, which is 32"),
+    ("rl", ["evaluation.block_size=[32,48]"], "evaluation.max_gen_length: got 128, must be a multiple of evaluation.block_size"),
+    ("eval", ["rollout.block_size=48"], "evaluation.max_gen_length: got 128, must be a multiple of evaluation.block_size"),
+    ("sft", ["evaluation.block_size=48"], "evaluation.max_gen_length: got 128, must be a multiple of evaluation.block_size"),
+    ("rl", ["rollout.steps=129"], "rollout.steps: got 129, must be at most rollout.max_gen_length, which is 128"),
+    ("rl", ["rollout.steps=3"], "rollout.steps: got 3, must be at least 4: rollout.max_gen_length=128 is as many blocks of 32"),
+    ("rl", ["rollout.pad_target_penalty=0"], "rollout.pad_target_penalty: got 0.0, must be above 0"),
+    ("rl", ["rollout.cache=both"], "rollout.cache: got 'both' on the command line, expected one of none, prefix, dual, or null"),
+    ("rl", ["model.block_size=8"], "model.block_size: got 8, but llada is no block model: leave it out"),
+    ("rl", ["training.old_logprobs=engine"], "got 'engine' with a prefix cache, but caches of full-attention"),
+    ("rl", ["training.old_logprobs=engine", "rollout.cache=dual"], "got 'engine' with a dual cache"),
+    (
+        "rl",
+        ["training.old_logprobs=engine", "rollout.use_cache=false", "training.shrink=2"],
+        "training.old_logprobs: got 'engine', which needs the log-probs of sampling",
+    ),
+    (
+        "rl",
+        ["training.importance_cap=2", "training.num_updates_per_step=2", "training.max_gen_length=64"],
+        "training.importance_cap: got 2.0, which needs the log-probs of sampling",
+    ),
+    ("sft", ["training.method=ar"], "got 'ar', which trains a token at the position before it, but llada"),
+    (
+        "sft",
+        ["training.method=ar", "model.model_base=dream", "training.complementary_mask=true"],
+        "training.complementary_mask: got true, but method ar draws no masks",
+    ),
+    ("sft", ["training.loss_weight_by_ratio=true"], "training.loss_weight_by_ratio: got true with loss_weighting=reference"),
+    ("rl", ["training.method=ar", "model.model_base=dream"], "training.method: got 'ar', which is a method of sft"),
+    ("rl", ["training.max_rows_per_response=0"], "training.max_rows_per_response: got 0, must be above 0"),
+]
+
+
+@pytest.mark.parametrize("job, overrides, message", CANVAS_MISTAKES, ids=lambda value: value[0] if isinstance(value, list) else "")
+def test_mistakes_with_full_attention(load, job, overrides, message):
+    with pytest.raises(UserError) as error:
+        load(job, CANVAS, *overrides)
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_full_attention_may_be_told(load, capsys):
+    """Engine log-probs where nothing is cached, whatever the training block; SFT whose blocks do not fill its canvas."""
+    exact = ["training.old_logprobs=engine", "rollout.use_cache=false", "training.block_size=8", "training.importance_cap=null"]
+    assert load("rl", CANVAS, *exact).training.old_logprobs == "engine"
+    assert load("rl", CANVAS, "rollout.cache=none", "training.old_logprobs=engine").rollout.use_cache
+    assert load("rl", CANVAS, "rollout.cache=dual", "rollout.further_horizon=0", "rollout.stop_early=true").rollout.cache == "dual"
+    assert load("rl", CANVAS, "rollout.temperature=0", "rollout.target=random").rollout.target == "random"
+    small = CANVAS.replace("rollout: {max_gen_length: 128, block_size: 32}", "training: {max_gen_length: 100, block_size: 48}")
+    assert load("sft", small, "dataset.eval_dataset=null").training.block_size == 48, "nothing is sampled"
+    assert capsys.readouterr().err == ""
+
+
+def test_settings_of_the_other_attention_kind_are_said(load, capsys):
+    load("rl", MINIMAL, "rollout.stop_early=true", "rollout.cache=dual", "evaluation.if_eval=false")
+    assert "settings that have no use, as sdar has block attention: rollout.cache, rollout.stop_early" in capsys.readouterr().err
+    load("rl", CANVAS, "rollout.denoising_steps_per_block=2")
+    assert "as llada has full attention: rollout.denoising_steps_per_block" in capsys.readouterr().err
+    load("rl", CANVAS, "rollout.use_cache=false", "rollout.further_horizon=32", "evaluation.further_horizon=null")
+    assert "rollout.further_horizon=32 has no use: without a cache" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_of_full_attention_sample_whole_blocks_within_their_canvas(path):
+    config, job = load_config(job_of(path), [f"config={path}"]), job_of(path)
+    if FAMILIES.get(config.model.model_base).attention != "full":
+        assert config.training.max_rows_per_response is None, "one pack holds all rows of a block model's response"
+        return
+    decodings = [config.rollout] if job == "rl" else []
+    decodings += config.evaluation.variants() if job != "sft" or config.dataset.eval_dataset else []
+    for d in decodings:
+        assert d.max_token % d.block_size == 0 and d.steps == d.max_token, "static decoding: a token per forward"
+    if job == "sft":
+        assert config.training.max_gen_length <= 1024, "every document is as long as the canvas"
+    elif job == "rl":
+        assert config.training.max_gen_length == config.rollout.max_token, "the canvas is trained whole"

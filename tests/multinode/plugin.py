@@ -1,0 +1,42 @@
+"""A plugin of the runs of test_runs.py: a reward that differs from the first step on, and, in ranks, a network that breaks.
+
+    CUT_AT=update:2      a place of a step (tests/jobs/killer.py): there the rank of machine 1 takes its own interface down
+    CUT_MARKER=FILE      made then; where it exists already nothing breaks
+    KILL_AT, KILL_MARKER as in tests/jobs/killer.py
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+from reward.exact import ExactReward
+from reward.registry import REWARDS, Score
+
+if "CUT_AT" in os.environ and "RANK" in os.environ:
+    os.environ["KILL_AT"] = os.environ["CUT_AT"]
+    os.environ["KILL_MARKER"] = os.environ["CUT_MARKER"]
+
+if "KILL_AT" in os.environ and "RANK" in os.environ:
+    from tests.jobs import killer
+
+    if "CUT_AT" in os.environ:
+        from tests.multinode.hosts import INTERFACE
+
+        def cut_now(step: int | None = None) -> None:
+            marker = Path(os.environ["CUT_MARKER"])
+            if (killer.step_now if step is None else step) == int(killer.STEP) and not marker.exists():
+                marker.write_text(os.environ["CUT_AT"])
+                subprocess.run(["ip", "link", "set", INTERFACE, "down"], check=True)
+
+        killer.kill_now = cut_now
+
+
+@REWARDS.register("characters")
+class CharactersReward(ExactReward):
+    """The share of the response's characters that the answer has: random weights have some right. Right from a half on."""
+
+    def score(self, responses, progress=None):
+        shares = [sum(c in r.task.answer for c in r.text) / max(1, len(r.text)) for r in responses]
+        return [Score(share, share >= 0.5) for share in shares]
