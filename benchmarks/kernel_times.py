@@ -39,11 +39,14 @@ def summarize(events: list[dict[str, Any]], num_steps: int) -> dict[str, Any]:
     spans = sorted((e["ts"], e["ts"] + e["dur"]) for e in device)
     calls = Counter(e["name"] for e in events if e.get("cat") in ("cuda_runtime", "cuda_driver"))
     per_step = 1e-3 / num_steps
+    whole, busy = (max(end for _, end in spans) - spans[0][0] if spans else 0.0), covered(spans)
     longest = sorted(kernels.items(), key=lambda item: -sum(item[1]))[:25]
     return {
         "profiled_steps": num_steps,
-        "profiled_ms": (spans[-1][1] - spans[0][0]) * per_step if spans else 0.0,
-        "busy_ms": covered(spans) * per_step,
+        "profiled_ms": whole * per_step,
+        "busy_ms": busy * per_step,
+        "gaps_ms": (whole - busy) * per_step,
+        "gaps_share": 1 - busy / whole if whole else 0.0,
         "groups_ms": {group: total * per_step for group, total in sorted(groups.items(), key=lambda item: -item[1])},
         "kernels_per_step": sum(e["cat"] == "kernel" for e in device) / num_steps,
         "device_to_host_copies_per_step": sum("dtoh" in e["name"].lower() for e in device) / num_steps,

@@ -179,8 +179,8 @@ def whole_forward(scene: Scene) -> dict[str, float]:
 def tile_candidates() -> list[Tiles]:
     found = []
     sizes = [(64, 64), (64, 128), (64, 256), (128, 64), (128, 128)]
-    for (outputs, inputs), warps, stages in itertools.product(sizes, (4, 8), (3, 4, 6)):
-        if 32_000 <= (outputs + 16) * inputs * 2 * stages <= 110_000:
+    for (outputs, inputs), warps, stages in itertools.product(sizes, (4, 8), (3, 4, 6, 8)):
+        if 50_000 <= (outputs + 16) * inputs * 2 * stages <= 200_000 and not (warps == 8 and outputs * inputs < 16_384):
             found.append(Tiles(outputs, inputs, 1, warps, stages))
     return found
 
@@ -250,16 +250,19 @@ def sweep_product(name: str, weights: list[Tensor], num_rows: int, candidates: l
 
 
 def sweep_attention(scene: Scene) -> None:
-    c = scene.decoder.config
+    c, n = scene.decoder.config, scene.active
     q = scene.rows(c.num_heads * c.head_dim).view(scene.num_rows, c.num_heads, c.head_dim)
-    n = scene.active
+    rows = max(16, scene.block_size * c.num_heads // c.num_kv_heads)
     splits = (1, 2) if n >= 64 else (2, 4, 8) if n > 8 else (8, 16, 32)
     found = []
-    for s, (keys, warps, stages) in itertools.product(
+    for tile, s, (keys, warps, stages) in itertools.product(
+        [tile for tile in (16, 32, 64, 128) if rows // 4 <= tile <= rows],
         splits,
-        [(32, 4, 4), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 4, 3), (128, 8, 2), (128, 8, 3)],
+        [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2)],
     ):
-        options = dict(splits=s, keys_at_a_time=keys, num_warps=warps, num_stages=stages)
+        if tile == 128 and warps == 4 or tile * keys > 8192:
+            continue  # registers
+        options = dict(tile=tile, splits=s, keys_at_a_time=keys, num_warps=warps, num_stages=stages)
         us = microseconds([lambda i=i, o=options: scene.attend(i, q, **o) for i in range(len(scene.k))], repeats=3)
         found.append((us, options))
     print(f"\nitem attention, {n} items, {scene.num_rows} rows, {scene.cache_bytes / 1e6:.0f} MB a layer")

@@ -18,7 +18,7 @@ Random weights of the published shape, made on the device; they never say a stop
 - Full attention (canvases): 256 new tokens in blocks of 32 behind a prompt of 200, with every cache (benchmarks/canvas_rollout.py).
 
 The limit is benchmarks/limits.py's, at ceilings that are measured first. The split of a forward comes from a profile of the steps
-behind the clock's; gaps are the clock's time without the time in which kernels run.
+behind the clock's, at a somewhat longer context; gaps are what of them no kernel ran in (profiling widens them a little).
 """
 
 from __future__ import annotations
@@ -150,8 +150,6 @@ def measure_steady(
     if profiled_steps:
         result["device_gib"] = clock.used_bytes / 2**30
         split = summarize(clock.profiler.events(), profiled_steps)
-        split["gaps_ms"] = max(0.0, result["ms_per_forward"] - split["busy_ms"])
-        split["gaps_share"] = split["gaps_ms"] / result["ms_per_forward"]
         result["split"] = split
     return result
 

@@ -25,7 +25,7 @@ import torch
 
 from benchmarks.reference_rows import Batch, build_rows, row_logprobs
 from benchmarks.shapes import MASK_ID, MASK_IDS, matmul_parameters, random_decoder
-from models.attention import allowed
+from models.attention import tile_pairs
 from models.decoder import Decoder
 from train.methods.tracerl import trace_slices
 from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
@@ -109,14 +109,7 @@ class Packed:
 
 
 def visible_pairs(pack: Pack) -> int:
-    ids, total = pack.token_ids, 0
-    for rows in torch.arange(len(ids.document), device=ids.document.device).split(1024):
-        q, k = (
-            [x[rows, None] for x in (ids.document, ids.block, ids.slice)],
-            [x[None] for x in (ids.document, ids.block, ids.slice)],
-        )
-        total += int(allowed(*q, *k).sum())
-    return total
+    return int(tile_pairs(pack.token_ids).sum(dtype=torch.int64))
 
 
 class Rows:

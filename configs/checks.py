@@ -201,8 +201,8 @@ def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> 
     cache = config.rollout.cache_kind
     if attention == "full" and t.old_logprobs == "engine" and cache != "none":
         raise UserError(
-            f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so the "
-            "engine's log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
+            f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so "
+            "the engine's log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
         )
     for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
         if is_asked and not is_sampled:

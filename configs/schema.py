@@ -168,10 +168,10 @@ class Decoding:
     stop_early: bool = False
     """Full attention: skip whole blocks behind the first stop token."""
     batch_size: int | None = None
-    """Full attention: canvases in flight per process, a hint; null: chosen from free memory."""
+    """Full attention: canvases in flight per process, at most; null: as many as fit into the memory."""
     max_active: int = 256
-    """Sequences in flight per process, at most (fewer where the memory is short); full attention: see batch_size too. RL samples its
-    evaluations with rollout.max_active."""
+    """Sequences in flight per process, at most (fewer where the memory is short). RL evaluates with as many as it samples with; of full
+    attention see batch_size too."""
     alg_temp: float = 0.0
     """Full attention: draw the positions to reveal in proportion to exp(score / alg_temp), scores as of target; 0: the best."""
     pad_target_penalty: float = 1.0

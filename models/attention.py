@@ -1,8 +1,9 @@
-"""Which token sees which in a packed row, and two backends that compute it.
+"""Which token sees which in a packed row, and the backends that compute it.
 
-The mask is one formula over three ids per token, so no backend ever needs to see how a pack was made:
+The mask is one formula over a few ids per token, so no backend ever needs to see how a pack was made:
 
-    document   tokens of different documents never see each other
+    document   tokens of different documents never see each other ...
+    prefix     ... but for this one, the document of the clean text before theirs that a group of documents shares
     block      the block of the token's position: position // block size (full attention: 0 everywhere)
     slice      0 for the clean sequence; 1, 2, ... for the slices of its document (one block as the model saw it at one step)
 
@@ -15,7 +16,9 @@ Shapes as in models/decoder.py: N tokens, H query heads, G key/value heads, K he
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+import inspect
+from dataclasses import dataclass, fields
+from typing import Any, Callable
 
 import torch
 import torch.nn.functional as F
@@ -23,52 +26,87 @@ from torch import Tensor
 
 from models.decoder import Attend
 
+TILE = 128
+"""Tokens of a tile of FlexAttention's mask: those of 64 do not compile, those of 256 are slower."""
+
+
+@dataclass
+class WholeDocuments:
+    """Bounds of documents in each of which every token sees every other: no mask is needed then."""
+
+    starts: Tensor
+    """int32 [D + 1] of each document's first token, and the end."""
+    longest: int
+
 
 @dataclass
 class TokenIds:
-    """The ids that the mask is a formula of, each int64 [N]. Tokens of one document are contiguous, documents ascend."""
+    """The ids that the mask is a formula of, each int64 [N]. Tokens of one document are contiguous, documents ascend; the documents
+    of a group stand behind their prefix, with no other in between."""
 
     document: Tensor
     block: Tensor
     slice: Tensor
+    prefix: Tensor | None = None
+    """The token's own document where its group shares nothing; None: no group does."""
+    whole: WholeDocuments | None = None
+    """Given where it is known that a document's tokens all see each other, and nothing else."""
+
+    def to(self, device: torch.device | str) -> TokenIds:
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved |= {name: x.to(device, non_blocking=True) for name, x in moved.items() if isinstance(x, Tensor)}
+        if self.whole is not None:
+            moved["whole"] = WholeDocuments(self.whole.starts.to(device, non_blocking=True), self.whole.longest)
+        return TokenIds(**moved)
 
 
-def allowed(q_document, q_block, q_slice, k_document, k_block, k_slice):
-    """Whether q may attend to k: the formula above, on tensors that broadcast (scalars inside FlexAttention)."""
+def allowed(q_document, q_prefix, q_block, q_slice, k_document, k_block, k_slice):
+    """Whether q may attend to k: the formula above, on tensors that broadcast (scalars inside FlexAttention).
+
+    A prefix holds no slice, so a slice's number in another document is never taken for one of its own.
+    """
     sees_clean = (k_slice == 0) & (k_block < q_block + (q_slice == 0).to(q_block.dtype))
     sees_slice = (k_slice != 0) & (k_slice == q_slice)
-    return (q_document == k_document) & (sees_clean | sees_slice)
+    return ((q_document == k_document) | (q_prefix == k_document)) & (sees_clean | sees_slice)
 
 
 def dense_mask(ids: TokenIds) -> Tensor:
     """bool [N, N], True = visible."""
-    q, k = (lambda x: x[:, None]), (lambda x: x[None, :])
-    return allowed(q(ids.document), q(ids.block), q(ids.slice), k(ids.document), k(ids.block), k(ids.slice))
+    return _visible_rows(ids, slice(None))
+
+
+def _visible_rows(ids: TokenIds, rows: slice) -> Tensor:
+    """The rows of `dense_mask`."""
+    prefix = ids.document if ids.prefix is None else ids.prefix
+    q = [x[rows, None] for x in (ids.document, prefix, ids.block, ids.slice)]
+    k = [x[None, :] for x in (ids.document, ids.block, ids.slice)]
+    return allowed(*q, *k)
 
 
 def dense_attention(ids: TokenIds) -> Attend:
-    """SDPA with a dense mask, document by document: [D, T, T] entries instead of [N, N]. For CPU, tests and small models."""
-    document, lengths = torch.unique_consecutive(ids.document, return_counts=True)
-    num_documents, longest = len(lengths), int(lengths.max())
+    """SDPA with a dense mask, group by group of documents that share a prefix (one by one where none does): [D, T, T] entries
+    instead of [N, N]. For CPU, tests and small models."""
+    prefix = ids.document if ids.prefix is None else ids.prefix
+    _, lengths = torch.unique_consecutive(prefix, return_counts=True)
+    num_groups, longest = len(lengths), int(lengths.max())
     starts = lengths.cumsum(0) - lengths
     offset = torch.arange(longest, device=starts.device)
     real = offset < lengths[:, None]  # [D, T]
     padded_to_flat = torch.where(real, starts[:, None] + offset, 0).flatten()  # [D*T]
-    flat_to_padded = real.flatten().nonzero().squeeze(1)  # [N]: documents are contiguous and ascend
+    flat_to_padded = real.flatten().nonzero().squeeze(1)  # [N]: groups are contiguous
 
     def rows(x: Tensor) -> Tensor:  # [N] -> [D, T]
-        return x[padded_to_flat].unflatten(0, (num_documents, longest))
+        return x[padded_to_flat].unflatten(0, (num_groups, longest))
 
-    block, slices = rows(ids.block), rows(ids.slice)
-    zero = torch.zeros((), dtype=torch.int64, device=starts.device)
-    mask = allowed(zero, block[:, :, None], slices[:, :, None], zero, block[:, None, :], slices[:, None, :])
+    q = [rows(x)[:, :, None] for x in (ids.document, prefix, ids.block, ids.slice)]
+    k = [rows(x)[:, None, :] for x in (ids.document, ids.block, ids.slice)]
     # Nobody sees padding, but padding sees everything: a softmax over nothing would be NaN.
-    mask = (mask & real[:, None, :]) | ~real[:, :, None]
+    mask = (allowed(*q, *k) & real[:, None, :]) | ~real[:, :, None]
     mask = mask[:, None]  # [D, 1, T, T]
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def batch(x: Tensor) -> Tensor:  # [N, heads, K] -> [D, heads, T, K]
-            return x.index_select(0, padded_to_flat).unflatten(0, (num_documents, longest)).transpose(1, 2)
+            return x.index_select(0, padded_to_flat).unflatten(0, (num_groups, longest)).transpose(1, 2)
 
         groups = q.shape[1] // k.shape[1]
         out = F.scaled_dot_product_attention(
@@ -91,40 +129,131 @@ def masked_attention(mask: Tensor) -> Attend:
 
 
 @functools.cache
-def _compiled_flex():
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
 
     # One compilation for every pack size, with and without gradient. Beyond its limit dynamo would fall back, in silence, to an
     # unfused version that holds all scores; with fullgraph that is an error.
     torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
-    # Compiled separately, so that a new mask over packs of one size compiles nothing.
-    return tuple(torch.compile(f, dynamic=False, fullgraph=True) for f in (flex_attention, create_block_mask))
+    return torch.compile(flex_attention, dynamic=False, fullgraph=True)
+
+
+TUNED = {
+    "fwd_BLOCK_M": 128, "fwd_BLOCK_N": 128, "fwd_num_warps": 8, "fwd_num_stages": 2,
+    "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 64, "bwd_BLOCK_M2": 64, "bwd_BLOCK_N2": 32, "bwd_num_warps": 4, "bwd_num_stages": 4,
+}  # fmt: skip
+"""Kernel options that were fastest on an H200 for packs of 16,384 tokens with heads of 128 in bfloat16."""
+
+
+def kernel_options(q: Tensor) -> dict[str, int] | None:
+    """`TUNED` for what it was measured on; None: the library chooses."""
+    is_measured = q.dtype == torch.bfloat16 and q.shape[-1] == 128 and q.is_cuda
+    return TUNED if is_measured and torch.cuda.get_device_capability(q.device) == (9, 0) else None
+
+
+def tile_pairs(ids: TokenIds) -> Tensor:
+    """int32 [N/TILE, N/TILE], rounded up: how many pairs of each tile are visible. A few rows of tiles at a time, so that no
+    [N, N] mask is held."""
+    n = len(ids.document)
+    num_tiles = -(-n // TILE)
+    narrow = TokenIds(*(x.int() for x in (ids.document, ids.block, ids.slice)), None if ids.prefix is None else ids.prefix.int())
+    step = max(1, 2**26 // (n * TILE)) * TILE
+    counts = []
+    for start in range(0, n, step):
+        visible = _visible_rows(narrow, slice(start, start + step))
+        visible = F.pad(visible, (0, -n % TILE, 0, -len(visible) % TILE))
+        counts.append(visible.view(-1, TILE, num_tiles, TILE).sum((1, 3), dtype=torch.int32))
+    return torch.cat(counts)
+
+
+def block_mask(ids: TokenIds) -> Any:
+    """FlexAttention's mask: which tiles are empty, partly and wholly visible, and the formula for those in between.
+
+    Made from the ids directly: nothing is compiled (torch's compiled create_block_mask takes half a minute the first time).
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    document, block, slices = ids.document.int(), ids.block.int(), ids.slice.int()
+    prefix = document if ids.prefix is None else ids.prefix.int()
+
+    def visible(batch, head, q, k):
+        return allowed(document[q], prefix[q], block[q], slices[q], document[k], block[k], slices[k])
+
+    def ordered(tiles: Tensor) -> tuple[Tensor, Tensor]:
+        """bool [Q, K] -> how many in each row [1, 1, Q], and which: [1, 1, Q, K], those first."""
+        order = tiles.int().argsort(dim=1, descending=True, stable=True)
+        return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None].contiguous()
+
+    pairs, n = tile_pairs(ids), len(document)
+    is_full = pairs == TILE**2
+    partial, full = ordered((pairs > 0) & ~is_full), ordered(is_full)
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n, n))
 
 
 def flex_attention(ids: TokenIds) -> Attend:
     """FlexAttention: empty tiles of the mask cost nothing, and no [N, N] mask is held. CUDA only (no backward on CPU)."""
-    attention, create_block_mask = _compiled_flex()
-    document, block, slices = ids.document.int(), ids.block.int(), ids.slice.int()
-
-    def visible(batch, head, q, k):
-        return allowed(document[q], block[q], slices[q], document[k], block[k], slices[k])
-
-    n = len(document)
-    block_mask = create_block_mask(visible, None, None, n, n, device=document.device)
+    attention, mask = _compiled_flex(), block_mask(ids)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        options = kernel_options(q)
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        out = attention(q, k, v, block_mask=block_mask, enable_gqa=q.shape[1] != k.shape[1])
+        out = attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
         return out[0].transpose(0, 1)
 
     return attend
 
 
-BACKENDS = {"dense": dense_attention, "flex": flex_attention}
+@functools.cache
+def _varlen_function() -> Callable[..., Tensor] | None:
+    """f(q, k, v, starts, longest): attention within documents, by flash-attn where it is installed, else torch's; None: neither."""
+    try:
+        from flash_attn import flash_attn_varlen_func as flash
+    except ImportError:
+        pass
+    else:
+        return lambda q, k, v, starts, longest: flash(q, k, v, starts, starts, longest, longest)
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:  # torch before 2.10
+        return None
+    knows_groups = "enable_gqa" in inspect.signature(varlen_attn).parameters
+
+    def run(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> Tensor:
+        groups = q.shape[1] // k.shape[1]
+        if groups > 1 and not knows_groups:
+            k, v, groups = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1), 1
+        options = {"enable_gqa": True} if groups > 1 else {}
+        return varlen_attn(q, k, v, starts, starts, longest, longest, **options)
+
+    return run
 
 
-def attention_backend(name: str, ids: TokenIds) -> Attend:
-    """`training.attention_backend`: auto is FlexAttention on CUDA and dense elsewhere."""
+def varlen_attention(ids: TokenIds) -> Attend:
+    """Flash attention over packed documents whose tokens all see each other: no mask, nothing compiled. CUDA, 16 bits."""
+    run, whole = _varlen_function(), ids.whole
+    assert whole is not None and run is not None
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return run(q, k, v, whole.starts, whole.longest)
+
+    return attend
+
+
+BACKENDS = {"dense": dense_attention, "flex": flex_attention, "varlen": varlen_attention}
+
+
+def attention_backend(name: str, ids: TokenIds, dtype: torch.dtype | None = None) -> Attend:
+    """`training.attention_backend`: auto is dense on a CPU; on CUDA varlen for documents that need no mask, else FlexAttention.
+
+    dtype: of the queries, if known.
+    """
     if name == "auto":
-        name = "flex" if ids.document.is_cuda else "dense"
+        name = best_backend(ids, dtype)
     return BACKENDS[name](ids)
+
+
+def best_backend(ids: TokenIds, dtype: torch.dtype | None) -> str:
+    if not ids.document.is_cuda:
+        return "dense"
+    needs_no_mask = ids.whole is not None and dtype in (torch.bfloat16, torch.float16)
+    return "varlen" if needs_no_mask and _varlen_function() is not None else "flex"

@@ -19,12 +19,13 @@ from sample.kernels.overlap import begin, finish, launch_options
 from sample.pages import PAGE
 
 LOG2_E = 1.4426950408889634
-MAX_TILE = 32
-"""Folded rows of an item that a program takes."""
+TILES = {16: (64, 4), 32: (64, 4), 64: (32, 4), 128: (64, 8)}
+"""{folded rows of an item that a program takes: (keys at a time, warps)}, the fastest on an H200: `python -m benchmarks.kernels
+--sweep`, contexts of 1,000, at block size 4 with 128 items, 16 and 32 with 64."""
 
 
 def splits_of(num_items: int) -> int:
-    """Programs that share the keys of an item: enough to fill the GPU."""
+    """Programs that share the keys of an item: enough to fill the GPU, the fastest by the same command."""
     for items, splits in ((2, 16), (8, 8), (31, 4), (63, 2)):
         if num_items <= items:
             return splits
@@ -42,8 +43,9 @@ def item_attention(
     block_size: int,
     splits: int | None = None,
     keys_at_a_time: int | None = None,
-    num_warps: int = 4,
+    num_warps: int | None = None,
     num_stages: int = 3,
+    tile: int | None = None,
 ) -> Tensor:
     """Attention output [N, H, K] of q [N, H, K], normed and rotated.
 
@@ -69,9 +71,10 @@ def item_attention(
     size = max(16, triton.next_power_of_2(head_dim))
     rows = block_size * (num_heads // num_kv_heads)
     # Twice as many rows where a block is committed, in registers; float32 takes twice the room and has no tensor cores.
-    tile = min(16 if q.dtype == torch.float32 else MAX_TILE, max(16, triton.next_power_of_2(rows)))
-    if keys_at_a_time is None:
-        keys_at_a_time = 32 if q.dtype == torch.float32 else 64
+    if q.dtype == torch.float32:
+        tile, keys_at_a_time, num_warps = 16, 32, 4
+    tile = tile or min(max(TILES), max(16, triton.next_power_of_2(rows)))
+    keys_at_a_time, num_warps = keys_at_a_time or TILES[tile][0], num_warps or TILES[tile][1]
     out = torch.empty_like(q)
     partial = out if splits == 1 else q.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
     lse = out if splits == 1 else q.new_empty(splits, num_rows, num_heads, dtype=torch.float32)

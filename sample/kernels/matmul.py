@@ -21,9 +21,8 @@ from sample.kernels.swiglu import silu_mul
 MAX_ROWS = 32
 """Rows up to which the kernel is used. From some 40 on the library is as fast."""
 
-FUSE_SILU = True
-MIN_PROGRAMS = 120
-"""Of a product; a GPU of this kind has 132 multiprocessors."""
+MULTIPROCESSORS, MIN_PROGRAMS = 132, 120
+"""Of an H100 or H200; and programs that a product has at least."""
 SKINNY_DTYPES = [torch.bfloat16]
 """Float32 products are the library's: that mode is for tests."""
 
@@ -43,14 +42,14 @@ class Tiles:
 
 
 def tiles_of(num_outputs: int, num_inputs: int, gated: bool = False) -> Tiles:
-    """The cut: enough parts that most multiprocessors have a program; with one program each, a load more in flight.
+    """The cut: enough parts that most multiprocessors have a program, and more loads in flight where each has one only.
 
-    Measured on an H200 with `python -m benchmarks.kernels --sweep`, shapes of 4B and 8B: the best of some 100 cuts of a product,
-    or within 3% of it.
+    Measured on an H200 with `python -m benchmarks.kernels --shape sdar-4b --sweep` and sdar-8b, 8 rows: for each of their products
+    the fastest of the cuts tried, or within 2% of it.
     """
     tiles = -(-num_outputs // 64)
     parts = 1 if gated else max(1, min(-(-MIN_PROGRAMS // tiles), num_inputs // 512))
-    return Tiles(64, 128, parts, num_stages=3 if tiles * parts > 132 else 4)
+    return Tiles(64, 128, parts, num_stages=3 if tiles * parts > MULTIPROCESSORS else 6)
 
 
 def product(module: nn.Module, x: Tensor) -> Tensor:
@@ -63,8 +62,8 @@ def product(module: nn.Module, x: Tensor) -> Tensor:
 
 def gate_up_silu(module: nn.Module, x: Tensor) -> Tensor:
     """silu(gate) * up [N, F] of the fused gate/up product of x [N, D]."""
-    if not FUSE_SILU or not _is_skinny(module, x):
-        return silu_mul(product(module, x))
+    if not _is_skinny(module, x):
+        return silu_mul(module(x))
     return skinny_gate_up(x, module.weight, tiles_of(*module.weight.shape, gated=True))
 
 

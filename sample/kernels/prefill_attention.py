@@ -13,9 +13,7 @@ from sample.kernels.item_attention import LOG2_E
 from sample.kernels.launch import jit, tl, triton, use_kernel
 
 
-def prefill_attention(
-    q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, block_size: int, max_length: int
-) -> Tensor:
+def prefill_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, block_size: int, max_length: int) -> Tensor:
     """Attention output [N, H, K] of q [N, H, K], k and v [N, G, K], normed and rotated, of this forward.
 
     starts, lengths int32 [R]: prompt r is the rows from starts[r] on, which are its positions 0, 1, ...; max_length: at least the

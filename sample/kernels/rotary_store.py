@@ -51,9 +51,7 @@ def rotary_store(
     assert positions.is_contiguous() and entries.is_contiguous(), "positions and entries must be contiguous"
     assert (q_weight is None) == (k_weight is None), "both norms or none"
     if not use_kernel(qkv):
-        return rotary_store_reference(
-            qkv, positions, entries, k_cache, v_cache, table, num_heads, q_weight, k_weight, eps, keep_kv
-        )
+        return rotary_store_reference(qkv, positions, entries, k_cache, v_cache, table, num_heads, q_weight, k_weight, eps, keep_kv)
     q = k_cache.new_empty(num_rows, num_heads, head_dim)
     k, v = (k_cache.new_empty(num_rows, num_kv_heads, head_dim) for _ in range(2)) if keep_kv else (None, None)
     heads = min(HEADS_AT_A_TIME, triton.next_power_of_2(num_heads))

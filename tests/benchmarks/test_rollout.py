@@ -216,6 +216,7 @@ def test_kernels_are_grouped_and_gaps_found():
     split = summarize(events, 2)
     assert split["groups_ms"] == pytest.approx({"products": 0.040, "attention": 0.030, "copies": 0.005})
     assert split["busy_ms"] == pytest.approx(0.065) and split["profiled_ms"] == pytest.approx(0.0925)
+    assert split["gaps_ms"] == pytest.approx(0.0275) and split["gaps_share"] == pytest.approx(27.5 / 92.5)
     assert split["device_to_host_copies_per_step"] == 1 and split["waits_per_step"] == {"cudaEventSynchronize": 1}
     assert split["kernels_per_step"] == 2 and split["longest_kernels"][0]["name"].startswith("nvjet")
     assert covered([]) == 0

@@ -139,8 +139,11 @@ def difference(case: dict[str, Any], row: int, rollout: Rollout) -> str | None:
 def check_generation(
     model: Pretrained, cases: list[dict[str, Any]], path: str, prompts: list[list[list[int]]], notes: list[str], engine: str
 ) -> SetResult:
-    """prompts: by case and row, as the engine gets them; engine: `rollout.engine`. Cases of equal settings go through the engine together, few at a time, so
-    that slots are refilled and canvases of different lengths stand beside one another."""
+    """prompts: by case and row, as the engine gets them; engine: `rollout.engine`.
+
+    Cases of equal settings go through the engine together, few at a time, so that slots are refilled and canvases of different
+    lengths stand beside one another.
+    """
     built = build_engine(model.decoder, model.family, max_active=3, engine=engine)
     groups: dict[SamplingSettings, list[int]] = {}
     saved = 0

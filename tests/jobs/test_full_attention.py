@@ -1,7 +1,7 @@
 """The jobs of the full-attention families, by their tiny YAMLs as a user starts them: finetuning, RL by every method, evaluation.
 
 Short runs are measured as in test_methods.py: before and after on the same 256 tasks, four responses each, from the same noise; the
-standard error of the difference is about 0.015, the rises seen in 40 steps are 0.10 to 0.25.
+standard error of the difference is about 0.015, the rises seen in 40 steps are 0.12 to 0.31.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "some_rows": {"training.max_rows_per_response": 4},
     "prefix_cache": {"rollout.use_cache": "true"},
     "dual_cache": {"rollout.cache": "dual"},
+    "capped_cache": {"rollout.cache": "dual", "training.importance_cap": 2},
     "stop_early": {"rollout.stop_early": "true"},
     "value_shared": {"model.value_shared": "true"},
 }
@@ -156,8 +157,7 @@ def test_with_value(family: str, train: Train, start_model: Any, rate_before: An
 def test_the_whole_run(method: str, family: str, train: Train, rate_before: Any):
     whole = {"experiment.total_step": 320, "experiment.eval_every": 160}
     _, rows = train(family, {**METHODS.get(method, {}), **whole})
-    print(f"{family}, {method}: {rate_before(family):.3f} -> {rate_after(rows):.3f}")
-    assert rate_after(rows) > 0.8
+    check_rise(rows, rate_before(family), least=0.25)  # 0.30 (Dream, random_masking) to 0.44 are seen
 
 
 @pytest.mark.slow

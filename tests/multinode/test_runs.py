@@ -45,13 +45,13 @@ def settings(job: str, data: Path, **changes: Any) -> list[str]:
         "experiment.plugins": f"[{PLUGIN}]",
         "model.pretrained_model": "tiny-random",
         "dataset.eval_dataset": data / "test.json",
-        "dataset.data_type": "characters",
         "rollout.deterministic": "true",
         "evaluation.deterministic": "true",
         "system.silence_timeout_seconds": 3,
     }
     own: dict[str, dict[str, Any]] = {
         "rl": {
+            "dataset.data_type": "characters",
             "dataset.train_dataset": data / "train.json",
             "model.prepare_config": "null",
             "model.value_base_model": "tiny-random",
@@ -62,6 +62,7 @@ def settings(job: str, data: Path, **changes: Any) -> list[str]:
             "experiment.eval_every": 2,
             "experiment.save_state_every": 1,
             "reward.keep_solve_rate": "[0,1]",
+            "reward.overlong_margin": "null",
             "rollout.num_task_per_step": 4,
             "rollout.num_response_per_task": 4,
             "training.num_updates_per_step": 2,
@@ -81,7 +82,7 @@ def settings(job: str, data: Path, **changes: Any) -> list[str]:
 
 def left(run: Path) -> dict[str, Any]:
     """What a run has left, weights and optimizer states put together: which rank writes which file is its own affair."""
-    found, state = content(run), {}
+    found, state = {name: what for name, what in content(run).items() if not name.endswith("config.yaml")}, {}
     for name in [name for name in found if "/trained_" in name]:
         folder = name.rpartition("/")[0]
         state.setdefault(folder, {}).update(found.pop(name))
