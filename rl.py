@@ -102,7 +102,7 @@ class RLRun:
             if eval_tasks is not None:
                 Evaluator.check(config, model)
 
-        self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check)
+        self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check, samples=True)
         model = self.run.model
         self.engine_weights = EngineWeights(self.run.accelerator, model)
         rollout = config.rollout

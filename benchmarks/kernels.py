@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import itertools
 import json
 import statistics
@@ -27,12 +28,14 @@ from torch import Tensor
 from benchmarks.limits import measure_ceilings
 from benchmarks.shapes import SHAPES, random_decoder
 from models.decoder import Decoder
+from models.family import DecoderConfig
 from models.logits import matmul_float32
 from sample.fused_forward import fused_forward
 from sample.kernels import matmul, overlap
 from sample.kernels.item_attention import item_attention
 from sample.kernels.matmul import Tiles, head_logits, skinny_gate_up, skinny_product
 from sample.kernels.norms import add_rms_norm, rms_norm
+from sample.kernels.prefill_attention import prefill_attention
 from sample.kernels.rotary_store import rotary_store, rotary_table
 from sample.kernels.swiglu import silu_mul
 from sample.pages import PAGE
@@ -157,19 +160,33 @@ def per_kernel(scene: Scene) -> dict[str, dict[str, float]]:
 
 
 def whole_forward(scene: Scene) -> dict[str, float]:
-    """Milliseconds of all layers of the published shape (from those that there are), with and without overlapping kernels."""
-    results = {}
+    """Milliseconds of all layers of the published shape (from those that there are); with few rows also without what is done for
+    them: overlapping kernels, products of few rows."""
     num_layers, chosen = len(scene.decoder.layers), (overlap.SMALL, overlap.LARGE)
     published = next(config for config in SHAPES.values() if config.hidden_size == scene.decoder.config.hidden_size).num_layers
-    for enabled in (True, False):
-        overlap.SMALL, overlap.LARGE = chosen if enabled else (0, 0)
-        us = microseconds([scene.forward], at_least=2)
-        results["ms, overlapping" if enabled else "ms, one by one"] = us * published / num_layers * 1e-3
-    overlap.SMALL, overlap.LARGE = chosen
-    if scene.num_rows <= matmul.MAX_ROWS:
+    time = lambda: microseconds([scene.forward], at_least=2) * published / num_layers * 1e-3  # noqa: E731
+    results = {"ms": time()}
+    if scene.num_rows <= min(overlap.MAX_ROWS, matmul.MAX_ROWS):
+        overlap.SMALL, overlap.LARGE = 0, 0
+        results["ms, kernels one by one"] = time()
+        overlap.SMALL, overlap.LARGE = chosen
         matmul.MAX_ROWS, rows = 0, matmul.MAX_ROWS
-        results["ms, library's products"] = microseconds([scene.forward], at_least=2) * published / num_layers * 1e-3
+        results["ms, library's products"] = time()
         matmul.MAX_ROWS = rows
+    return results
+
+
+def prefill(config: DecoderConfig, block_size: int) -> dict[str, dict[str, float]]:
+    """Attention of one layer over packed prompts."""
+    results = {}
+    for num_prompts, length in ((64, 200), (16, 1024), (1, 16_384)):
+        make = lambda heads, n=num_prompts * length: torch.randn(n, heads, config.head_dim, device=DEVICE).bfloat16()  # noqa: E731
+        q, k, v = make(config.num_heads), make(config.num_kv_heads), make(config.num_kv_heads)
+        lengths = torch.full((num_prompts,), length, dtype=torch.int32, device=DEVICE)
+        starts = (lengths.cumsum(0) - lengths).int()
+        us = microseconds([functools.partial(prefill_attention, q, k, v, starts, lengths, block_size, length)], at_least=2)
+        flops = 2 * num_prompts * length**2 * config.num_heads * config.head_dim
+        results[f"prefill_attention, {num_prompts} x {length}"] = {"us": us, "TFLOP/s": flops / us * 1e-6}
     return results
 
 
@@ -270,6 +287,12 @@ def sweep_attention(scene: Scene) -> None:
         print(f"  {us:7.1f} us {scene.cache_bytes / us * 1e-6:5.2f} TB/s  {options}", flush=True)
 
 
+def show(kernels: dict[str, dict[str, float]]) -> None:
+    for name, row in kernels.items():
+        rates = "  ".join(f"{row[unit]:7.2f} {unit}" for unit in ("TB/s", "TFLOP/s") if row.get(unit))
+        print(f"  {name:36} {row['us']:8.1f} us  {rates}", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
@@ -300,9 +323,11 @@ def main() -> None:
         kernels, forward = per_kernel(scene), whole_forward(scene)
         results["active"][active] = {"rows": scene.num_rows, "kernels": kernels, "forward": forward}
         print(f"\n{active} active, {scene.num_rows} rows: a forward without its head, {forward}")
-        for name, row in kernels.items():
-            rate = f"{row['TB/s']:5.2f} TB/s" + (f" {row['TFLOP/s']:6.0f} TFLOP/s" if row["TFLOP/s"] else "")
-            print(f"  {name:30} {row['us']:8.1f} us  {rate}", flush=True)
+        show(kernels)
+    if not arguments.sweep:
+        print()
+        results["prefill"] = prefill(decoder.config, arguments.block_size)
+        show(results["prefill"])
     if arguments.out is not None:
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")
 

@@ -18,8 +18,8 @@ import time
 from typing import TYPE_CHECKING, Callable
 
 from common.errors import ERROR_FILE, UserError, entry_point
-from common.launch import die_with_parent, free_port
-from common.nodes import Place, find_place
+from common.launch import already_launched, die_with_parent, free_port
+from common.nodes import STARTED_BY_MACHINE_0, Place, find_place
 from common.nodes_check import difference, machine_report
 from common.nodes_link import Hub, Left, Link, Spoke, join
 
@@ -56,7 +56,7 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
         print(place.describe(), flush=True)
         if place.hosts and place.index and _launcher(job, argv, place) != "none":
             _stay_idle(place)
-    for name in [*RANK_VARIABLES, *(name for name in os.environ if name.startswith("TORCHELASTIC_"))]:
+    for name in [STARTED_BY_MACHINE_0, *RANK_VARIABLES, *(name for name in os.environ if name.startswith("TORCHELASTIC_"))]:
         os.environ.pop(name, None)
     link = join(place)
     try:
@@ -82,6 +82,13 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
     if line is not None and not place.started_by_machine_0:
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def is_for_all_machines(config: Config, link: Link | None) -> bool:
+    """Whether a job that has no script of its own for several machines is to be put through `run_on_all_machines`: its config asks
+    for them, and nobody has started its ranks."""
+    is_rank = already_launched() and STARTED_BY_MACHINE_0 not in os.environ
+    return config.experiment.num_node > 1 and link is None and not is_rank
 
 
 def agree(link: Link, config: Config, num_processes: int) -> None:

@@ -6,6 +6,7 @@ rollouts/        step_000012.jsonl: every scored response of that RL step
 ckpt/            Hugging Face checkpoints: optimized, step-N
 state/           step_000012/: what resuming needs (the newest one is kept)
 results/         evaluations
+cache/           compiled kernels
 report.html
 """
 
@@ -22,6 +23,8 @@ from common.files import recover_directories, remove_partials
 from common.launch import already_launched
 
 STATE_PREFIX = "step_"
+CACHE = "cache"
+"""Filled by libraries, maybe before anything else is here."""
 STATE_FILE = "run.json"
 """In a state's folder: the counters of the run, beside what accelerate writes."""
 
@@ -99,7 +102,7 @@ class RunDir:
             raise UserError(f"experiment.project: {self.path}: {error.strerror}: choose another name") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"experiment.project: {self.path}: {nearest} is no directory to write in: choose another name")
-        is_new = nearest != self.path or all(path.name.endswith(".partial") for path in self.path.iterdir())
+        is_new = nearest != self.path or all(path.name == CACHE or path.name.endswith(".partial") for path in self.path.iterdir())
         if not is_new and not self.config.is_file():
             raise UserError(f"experiment.project: {self.path} exists and is no run directory (no config.yaml): choose another name")
 

@@ -202,7 +202,7 @@ def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> 
     if attention == "full" and t.old_logprobs == "engine" and cache != "none":
         raise UserError(
             f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so "
-            "the engine's log-probs are not the trainer's: use trainer or auto, or rollout.use_cache=false"
+            "the engine's log-probs are not the trainer's: use trainer or auto, or rollout.cache=none"
         )
     for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
         if is_asked and not is_sampled:
@@ -285,6 +285,8 @@ def _check_blocks(section: str, d: Any) -> None:
 
 
 def _check_canvas(section: str, d: Any) -> None:
+    if not d.use_cache and d.cache_kind != "none":
+        raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: they are one setting")
     if d.further_horizon is not None and d.cache_kind == "none":
         warn_once(
             f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"

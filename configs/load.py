@@ -75,8 +75,12 @@ def read_config(job: Job, arguments: Sequence[str]) -> Config:
 
 
 def export_environment(config: Config) -> None:
-    """`system` into the environment of this process and those that it starts, before a library is imported that reads it."""
+    """`system` into the environment of this process and those that it starts, before a library is imported that reads it; and
+    where compiled kernels are kept, unless the environment says so: in the run directory, so that only its first start compiles."""
     system = config.system
+    cache = Path(config.experiment.project).absolute() / CACHE
+    for name, folder in [("TORCHINDUCTOR_CACHE_DIR", "inductor"), ("TRITON_CACHE_DIR", "triton")]:
+        os.environ.setdefault(name, str(cache / folder))
     if system.HTTP_PROXY is not None:
         # Libraries differ in which of these they read, and where they read both the lower case one counts.
         os.environ.update(dict.fromkeys(["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"], system.HTTP_PROXY))

@@ -34,6 +34,8 @@ class Experiment:
     """Step to start from when going on. The run's own state knows it, so a value above 1 is only compared with the state."""
     deepspeed_file: str | None = None
     """File in accelerate_configs/ without .yaml; null: no DeepSpeed (one process, or DDP)."""
+    check_memory: bool = True
+    """Training on GPUs: do not start what by the estimate of its memory cannot fit (docs/scaling.md). False: start all the same."""
     num_node: int = 1
     """Machines."""
     node_index: int = 0
@@ -157,7 +159,7 @@ class Decoding:
     steps: int | None = None
     """Full attention, static: forwards of the whole response; null: max_token."""
     use_cache: bool = True
-    """Full attention: cache prefix. False: cache none."""
+    """Full attention, where cache is null: prefix. False: none."""
     cache: Literal["none", "prefix", "dual"] | None = None
     """Full attention: keys and values that are kept from a block's first forward, over the whole canvas, for its other forwards:
     none (exact: every forward is over the whole canvas), of what is before the block (prefix), or of what is behind it too (dual:
@@ -168,10 +170,9 @@ class Decoding:
     stop_early: bool = False
     """Full attention: skip whole blocks behind the first stop token."""
     batch_size: int | None = None
-    """Full attention: canvases in flight per process, at most; null: as many as fit into the memory."""
+    """Full attention: canvases in flight per process, at most, beside max_active; null: as many as fit into the memory."""
     max_active: int = 256
-    """Sequences in flight per process, at most (fewer where the memory is short). RL evaluates with as many as it samples with; of full
-    attention see batch_size too."""
+    """Sequences in flight per process, at most (fewer where the memory is short); RL evaluates with rollout.max_active."""
     alg_temp: float = 0.0
     """Full attention: draw the positions to reveal in proportion to exp(score / alg_temp), scores as of target; 0: the best."""
     pad_target_penalty: float = 1.0
@@ -389,10 +390,14 @@ class Training:
     """Micro-batches per optimizer step, as the reference counts them: used for num_updates_per_step only."""
     max_tokens_per_microbatch: int = 16384
     """Packed tokens of one forward: what decides memory. Never changes the result."""
+    shared_prompts: Literal["auto", "always", "never"] = "auto"
+    """Whether responses of one prompt share its clean tokens in a pack. Never changes the result. auto: on a GPU; the dense masks
+    of a CPU hold all pairs of a group."""
     head_chunk: int = 2048
     """Rows of logits computed at a time."""
     attention_backend: Literal["auto", "dense", "flex"] = "auto"
-    """auto: FlexAttention on a GPU, dense on CPU."""
+    """auto: on a GPU FlexAttention, and where packed documents need no mask (full attention, bf16) a variable-length kernel; dense
+    on CPU."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
     enable_tf32: bool = True

@@ -174,7 +174,8 @@ def block_mask(ids: TokenIds) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     document, block, slices = ids.document.int(), ids.block.int(), ids.slice.int()
-    prefix = document if ids.prefix is None else ids.prefix.int()
+    # A copy: for two ids that are one tensor another kernel would be compiled.
+    prefix = document.clone() if ids.prefix is None else ids.prefix.int()
 
     def visible(batch, head, q, k):
         return allowed(document[q], prefix[q], block[q], slices[q], document[k], block[k], slices[k])

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.family import DecoderConfig
+from models.kernels.norms import rms_norm
+from models.kernels.rotary import norm_rotate
+from models.kernels.swiglu import silu_mul
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """(layer, q [N, H, K], k [N, G, K], v [N, G, K]) -> attention output [N, H, K]; q and k are normed and rotated."""
@@ -31,9 +34,22 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
-        return self.weight * x32.to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class HeadNorm(RMSNorm):
+    """RMSNorm of every head, and its rotary position embedding: one kernel, in the module whose weight it is (ZeRO-3 gathers the
+    weights of a module around its own forward)."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return norm_rotate(x, self.weight, self.eps, cos, sin)
+
+
+class NoHeadNorm(nn.Module):
+    """The rotary position embedding alone."""
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        return norm_rotate(x, None, 0.0, cos, sin)
 
 
 def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -44,12 +60,6 @@ def rope_cos_sin(positions: Tensor, head_dim: int, theta: float, dtype: torch.dt
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary position embedding of x [N, heads, K]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
-
-
 class Attention(nn.Module):
     def __init__(self, c: DecoderConfig) -> None:
         super().__init__()
@@ -57,12 +67,11 @@ class Attention(nn.Module):
         self.head_dim = c.head_dim
         self.qkv = nn.Linear(c.hidden_size, sum(self.split) * c.head_dim, bias=c.qkv_bias)
         self.out = nn.Linear(c.num_heads * c.head_dim, c.hidden_size, bias=False)
-        self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (HeadNorm(c.head_dim, c.rms_norm_eps) if c.qk_norm else NoHeadNorm() for _ in range(2))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, layer: int, attend: Attend) -> Tensor:
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.head_dim)).split(self.split, dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        q, k = self.q_norm(q, cos, sin), self.k_norm(k, cos, sin)
         return self.out(attend(layer, q, k, v).flatten(1))
 
 
@@ -75,8 +84,7 @@ class MLP(nn.Module):
         self.down = nn.Linear(c.intermediate_size, c.hidden_size, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)
-        return self.down(F.silu(gate) * up)
+        return self.down(silu_mul(self.gate_up(x)))
 
 
 class Layer(nn.Module):

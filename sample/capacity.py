@@ -14,8 +14,8 @@ ALL_FIT = 128
 """Rows of a forward up to which its time is that of reading the weights: there is place for every commit and every masked row."""
 HEAD_ROWS = 64
 """Head rows are rounded up to a multiple of it."""
-LOGITS = 2**28
-"""Entries of the largest [head rows, vocabulary] tensor: 1 GiB."""
+LOGITS = 2**29
+"""Entries of the largest [head rows, vocabulary] tensor: 2 GiB."""
 MEMORY = 1 / 16
 """Weight of the newest step in the averages."""
 SLACK = 0.03
@@ -39,6 +39,11 @@ def whole_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
+def most_head_rows(num_items: int, block_size: int, vocab_size: int) -> int:
+    """Of a forward of so many items: all their rows, or what the logits may have."""
+    return min(num_items * block_size, max(block_size, LOGITS // vocab_size))
+
+
 @dataclass
 class Capacity:
     """Of one forward."""
@@ -52,8 +57,7 @@ class Demand:
     """What recent steps needed, per item that ran."""
 
     def __init__(self, block_size: int, num_steps: int, vocab_size: int) -> None:
-        self.block_size = block_size
-        self.most_head_rows = max(block_size, LOGITS // vocab_size)
+        self.block_size, self.vocab_size = block_size, vocab_size
         # Until something is known: a block takes its scheduled steps, and half of it is masked on average.
         self.commits = 1 / min(num_steps, block_size)
         self.masked = (block_size + 1) / 2
@@ -71,7 +75,7 @@ class Demand:
     def capacity(self, num_active: int) -> Capacity:
         """For a forward of `num_active` >= 1 sequences."""
         size, n = self.block_size, item_bucket(num_active)
-        most_head = min(n * size, self.most_head_rows)
+        most_head = most_head_rows(n, size, self.vocab_size)
         if 2 * n * size <= ALL_FIT:
             return Capacity(n, n, most_head)
         # Eighths of the places, then whatever else there is place for in rows that cost nothing.

@@ -6,6 +6,7 @@ intermediate results take the place of another's. What has to outlive a replay l
 
 from __future__ import annotations
 
+import gc
 import time
 from collections import OrderedDict
 from typing import Callable, Hashable
@@ -42,13 +43,20 @@ class CudaGraphs:
             work()
             self.stream.synchronize()
             graph = torch.cuda.CUDAGraph()
-            # Not torch.cuda.graph(): it empties torch's memory cache and collects garbage every time. Threads of others (NCCL's
-            # watchdog) may call what a capture forbids; only this one's calls count.
-            graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+            # Not torch.cuda.graph(): it empties torch's memory cache and collects garbage every time. What collecting garbage would
+            # free (another engine's memory, say) may be what a capture forbids, so there is none meanwhile. Other threads (NCCL's
+            # watchdog) may call what is forbidden; only this one's calls count.
+            collects = gc.isenabled()
+            gc.disable()
             try:
-                work()
+                graph.capture_begin(pool=self.pool, capture_error_mode="thread_local")
+                try:
+                    work()
+                finally:
+                    graph.capture_end()
             finally:
-                graph.capture_end()
+                if collects:
+                    gc.enable()
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         while len(self.graphs) >= self.limit:
             self.graphs.popitem(last=False)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import sys
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint64, c_ushort, c_void_p
 
 import torch
@@ -80,20 +81,24 @@ def call(name: str, *arguments: object) -> None:
 
 
 class Mapped:
-    """`__cuda_array_interface__` of mapped regions, for torch to make a tensor of."""
+    """`__cuda_array_interface__` of mapped regions, for torch to make a tensor of, which keeps it, and so the memory, alive."""
 
-    def __init__(self, address: int, num_regions: int, region_bytes: int, stride: int) -> None:
+    def __init__(self, memory: DeviceMemory) -> None:
+        self.memory = memory
         self.__cuda_array_interface__ = {
-            "shape": (num_regions, region_bytes),
-            "strides": (stride, 1),
+            "shape": (memory.num_regions, memory.region_bytes),
+            "strides": (memory.stride, 1),
             "typestr": "|u1",
-            "data": (address, False),
+            "data": (memory.base, False),
             "version": 3,
         }
 
 
 class DeviceMemory:
-    """`num_regions` regions of one size, each at an address of its own that never changes while the size may."""
+    """`num_regions` regions of one size, each at an address of its own that never changes while the size may.
+
+    Who lets go of it, and of its tensors, has given all back.
+    """
 
     def __init__(self, device: torch.device, num_regions: int) -> None:
         torch.cuda.synchronize(device)  # the device's context exists
@@ -140,7 +145,7 @@ class DeviceMemory:
                 call("cuMemUnmap", address, size)
             raise
         self.region_bytes = size
-        regions = torch.as_tensor(Mapped(self.base, self.num_regions, size, self.stride), device=self.device)
+        regions = torch.as_tensor(Mapped(self), device=self.device)
         for region in regions:  # each is contiguous: a memset
             region.zero_()
         return regions
@@ -160,3 +165,7 @@ class DeviceMemory:
             self.give_back()
             call("cuMemAddressFree", self.base, self.stride * self.num_regions)
             self.base = 0
+
+    def __del__(self) -> None:
+        if getattr(self, "base", 0) and not sys.is_finalizing():  # at the end of the process the driver takes all
+            self.close()

@@ -9,6 +9,7 @@ what else is in flight, nor on the machine.
 
 from __future__ import annotations
 
+import importlib.util
 import time
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -278,11 +279,14 @@ def build_engine(decoder: Decoder, family: Family, max_active: int = 256, engine
     """The engine of the family's attention kind, with at most `max_active` sequences in flight.
 
     engine: `rollout.engine`. torch: plain torch; triton: kernels and CUDA graphs (on a CPU their torch references, for tests);
-    auto: triton on CUDA where the attention kind has such an engine, else torch. Raises UserError for triton where there is none.
+    auto: triton on CUDA where the attention kind has such an engine and triton is installed, else torch. Raises UserError.
     """
+    on_cuda, has_triton = decoder.device.type == "cuda", importlib.util.find_spec("triton") is not None
     if engine == "auto":
-        engine = "triton" if decoder.device.type == "cuda" and family.attention in KERNEL_ENGINES else "torch"
+        engine = "triton" if on_cuda and has_triton and family.attention in KERNEL_ENGINES else "torch"
     if engine == "triton":
+        if on_cuda and not has_triton:
+            raise UserError("rollout.engine: triton is not installed: pip install triton, or set rollout.engine=torch")
         return KERNEL_ENGINES.get(family.attention, "rollout.engine=triton")(decoder, family, max_active)
     return ENGINES.get(family.attention)(decoder, family, max_active)
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -31,7 +30,7 @@ from models.decoder import Decoder
 from models.family import Family
 from sample import pages
 from sample.block import check_family, check_prompts, whole_length
-from sample.capacity import LOGITS, Capacity, Demand, item_bucket
+from sample.capacity import Demand, item_bucket, most_head_rows
 from sample.cuda_graphs import CudaGraphs
 from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
 from sample.fused_forward import fused_forward
@@ -40,17 +39,15 @@ from sample.kernels.matmul import head_logits
 from sample.kernels.plan import make_plan
 from sample.kernels.prefill_attention import prefill_attention
 from sample.kernels.reveal import reveal_and_advance
-from sample.kernels.rotary_store import rotary_table
-from sample.kernels.sampler import draw_rows
+from sample.kernels.sampler import draw_rows, kernel_target
 from sample.paged_cache import PagedCache, to_device
+from sample.paged_state import DeviceState, StateSizes
 from sample.pages import PAGE, Pages, PromptPages, pages_of
 from sample.queue import ListQueue, Unit, WorkQueue
-from sample.slots import DONE, RAN, STALLED, Constants, Plan, Results, Slots, empty_status
+from sample.slots import DONE, RAN, STALLED, Plan
 
 PREFILL_TOKENS = 16_384
 """Of one prefill forward, unless a single prompt is longer."""
-RESULT_POSITIONS = 2**24
-"""Response positions whose results are kept on the device: 256 MiB. There are always rows for twice the sequences in flight."""
 SORT_EVERY = 32
 """Steps after which the items are put in order of length again, should nothing else have changed."""
 
@@ -141,58 +138,12 @@ class PagedBlockEngine:
         if self.graphs is not None and addresses != self.captured_over:
             self.graphs.clear()
         self.captured_over = addresses
-        # Beside the cache: a prefill's widest activations, and logits (twice and a half where torch's top-k sorts them).
+        # Beside the cache: a prefill's widest activations; and float32 logits, of which torch's own sampling makes several copies.
         wide = 6 * config.intermediate_size + 4 * config.num_heads * config.head_dim + 8 * config.hidden_size
-        self.cache.take(wanted, 1 + needs[0], PREFILL_TOKENS * wide * dtype.itemsize + 10 * LOGITS)
+        logits = most_head_rows(sizes.num_slots, settings.block_size, config.vocab_size) * config.vocab_size * 4
+        copies = 2 if kernel_target(settings) is not None else 6
+        self.cache.take(wanted, 1 + needs[0], PREFILL_TOKENS * wide * dtype.itemsize + copies * logits)
         self.num_pages = min(wanted, self.cache.num_pages)
-
-
-@dataclass(frozen=True)
-class StateSizes:
-    num_slots: int
-    block_size: int
-    table_width: int
-    """Pages of the longest sequence."""
-    result_columns: int
-
-
-class DeviceState:
-    """What graphs hold the addresses of, beside the weights and the cache."""
-
-    def __init__(self, sizes: StateSizes, config: Any, dtype: torch.dtype, device: torch.device) -> None:
-        self.sizes, self.kind = sizes, (config, dtype, device)
-        self.slots = Slots.empty(sizes.num_slots, sizes.block_size, device)
-        num_rows = max(2 * sizes.num_slots, RESULT_POSITIONS // sizes.result_columns)
-        num_rows = min(num_rows, 16 * sizes.num_slots)
-        self.results = Results.empty(num_rows, sizes.result_columns, device)
-        self.block_table = torch.zeros(sizes.num_slots, sizes.table_width, dtype=torch.int32, device=device)
-        self.order = torch.full((sizes.num_slots,), -1, dtype=torch.int32, device=device)
-        self.status = empty_status(sizes.num_slots, device)
-        self.rotary = rotary_table(sizes.table_width * PAGE, config.head_dim, config.rope_theta, dtype, device)
-        pinned = device.type == "cuda"
-        # On the host, for two steps in turn.
-        self.host_status = [torch.zeros_like(self.status, device="cpu", pin_memory=pinned) for _ in range(2)]
-        self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
-        self.plans: dict[tuple[int, int, int], Plan] = {}
-        self.constants: dict[SamplingSettings, Constants] = {}
-
-    def serves(self, sizes: StateSizes, config: Any, dtype: torch.dtype, device: torch.device) -> bool:
-        ours, theirs = dataclasses.astuple(self.sizes), dataclasses.astuple(sizes)
-        same = self.kind == (config, dtype, device) and self.sizes.block_size == sizes.block_size
-        return same and all(a >= b for a, b in zip(ours, theirs))
-
-    def plan(self, capacity: Capacity) -> Plan:
-        """All plans read their order from one place."""
-        key = capacity.items, capacity.commits, capacity.head_rows
-        if key not in self.plans:
-            plan = Plan.empty(*key, self.sizes.block_size, self.order.device)
-            self.plans[key] = dataclasses.replace(plan, order=self.order[: capacity.items])
-        return self.plans[key]
-
-    def constants_of(self, settings: SamplingSettings, vocab_size: int) -> Constants:
-        if settings not in self.constants:
-            self.constants[settings] = Constants.of(settings, vocab_size, self.order.device)
-        return self.constants[settings]
 
 
 def graph_settings(settings: SamplingSettings) -> SamplingSettings:

@@ -8,56 +8,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.logits import matmul_float32, scaled_logits
+from models.kernels.vocabulary import logits_gradient, row_statistics
+from models.logits import add_matmul_float32, scaled_logits
 
 
 class ChunkedLogProbs(torch.autograd.Function):
     """forward: hidden [M, D], weight [V, D], targets [M] -> log-probabilities [M] and entropies [M], float32.
 
-    Logits of `chunk` rows at a time, recomputed in the backward; with p = softmax(logits / T), l the log-prob, H the entropy:
-        dl/dlogits = (onehot - p) / T            dH/dlogits = -p (log p + H) / T
+    Logits of `chunk` rows at a time, recomputed in the backward (models/kernels/vocabulary.py).
     """
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
-        logprobs = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
-        entropy = torch.empty_like(logprobs)
+        logprobs, entropy, totals = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
-            log_p = scaled_logits(hidden[rows], weight, temperature, forbidden).log_softmax(-1)
-            logprobs[rows] = log_p.gather(1, targets[rows, None])[:, 0]
-            p = log_p.exp()
-            entropy[rows] = -(p * log_p.clamp_(min=torch.finfo(torch.float32).min)).sum(-1)
-        ctx.save_for_backward(hidden, weight, targets, forbidden)
+            logits = scaled_logits(hidden[rows], weight, temperature, forbidden)
+            logprobs[rows], entropy[rows], totals[rows] = row_statistics(logits, targets[rows])
+            del logits  # before the next chunk's are made
+        ctx.save_for_backward(hidden, weight, targets, forbidden, totals, entropy)
         ctx.temperature, ctx.chunk = temperature, chunk
         ctx.set_materialize_grads(False)  # no gradient of the entropy, the usual case, costs nothing
         return logprobs, entropy
 
     @staticmethod
     def backward(ctx, grad_logprobs, grad_entropy):
-        hidden, weight, targets, forbidden = ctx.saved_tensors
+        hidden, weight, targets, forbidden, totals, entropy = ctx.saved_tensors
         if grad_logprobs is None:
             grad_logprobs = torch.zeros(len(targets), device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if ctx.needs_input_grad[1] else None
         for start in range(0, len(targets), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            log_p = scaled_logits(hidden[rows], weight, ctx.temperature, forbidden).log_softmax(-1)
-            p = log_p.exp()
-            # [C, V], the gradient of the logits.
-            grad = -p * grad_logprobs[rows, None]
-            grad.scatter_add_(1, targets[rows, None], grad_logprobs[rows, None].float())
-            if grad_entropy is not None:
-                log_p.clamp_(min=torch.finfo(torch.float32).min)
-                entropy = -(p * log_p).sum(-1, keepdim=True)
-                grad -= p * (log_p + entropy) * grad_entropy[rows, None]
-            if ctx.temperature != 1.0:
-                grad /= ctx.temperature
-            grad = grad.to(weight.dtype)
+            logits = scaled_logits(hidden[rows], weight, ctx.temperature, forbidden)
+            of_entropy = None if grad_entropy is None else grad_entropy[rows]
+            own = (targets[rows], totals[rows], entropy[rows], grad_logprobs[rows], of_entropy)
+            grad = logits_gradient(logits, *own, scale=1 / ctx.temperature, dtype=weight.dtype)  # [C, V]
+            del logits
             if grad_hidden is not None:
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
-                grad_weight += matmul_float32(grad.t(), hidden[rows])
+                add_matmul_float32(grad_weight, grad.t(), hidden[rows])
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None

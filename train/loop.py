@@ -91,6 +91,8 @@ class StepResult:
     num_predictions: int = 0
     num_tokens: int = 0
     """Packed tokens, filler excluded."""
+    num_shared_tokens: int = 0
+    """Packed tokens that shared prompts have saved."""
 
 
 class Trainer:
@@ -111,9 +113,12 @@ class Trainer:
     def micro_batches(self, documents: list[Document]) -> Packs:
         """This rank's packs; their number is the same on every rank."""
         budget = self.config.training.max_tokens_per_microbatch
-        own = assign(documents, budget, self.accelerator.num_processes)[self.accelerator.process_index]
-        round_to = max(128, budget // PACK_SIZES) if self.accelerator.device.type == "cuda" else 1
-        return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift))
+        on_gpu = self.accelerator.device.type == "cuda"
+        # A dense mask, as on a CPU, holds all pairs of tokens of a group: there sharing costs more than it saves.
+        shares = {"auto": on_gpu, "always": True, "never": False}[self.config.training.shared_prompts]
+        own = assign(documents, budget, self.accelerator.num_processes, shares)[self.accelerator.process_index]
+        round_to = max(128, budget // PACK_SIZES) if on_gpu else 1
+        return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares))
 
     @torch.no_grad()
     def outputs(
@@ -208,7 +213,9 @@ class Totals:
     def add(self, output: ObjectiveOutput, diagnosis: Measures, pack: Pack) -> None:
         """Count a micro-batch. Filler is alone in its pack, so a pack counts whole or not at all."""
         num_tokens = torch.tensor(len(pack.input_ids) - pack.num_filler, device=self.device)
-        sums = {"loss": output.loss, "num_tokens": num_tokens, "num_predictions": (pack.prediction >= 0).sum()}
+        num_shared = torch.tensor(pack.num_shared, device=self.device)
+        sums = {"loss": output.loss, "num_tokens": num_tokens, "num_shared_tokens": num_shared}
+        sums["num_predictions"] = (pack.prediction >= 0).sum()
         if pack.num_filler < len(pack.input_ids):
             sums |= output.measures.sums | diagnosis.sums
             for name, value in (output.measures.extremes | diagnosis.extremes).items():
@@ -227,10 +234,10 @@ class Totals:
             for name, value in rank_extremes.items():
                 keep = min if name.endswith("_min") else max
                 extremes[name] = keep(extremes[name], value) if name in extremes else value
-        loss, num_tokens = sums.pop("loss"), int(sums.pop("num_tokens"))
-        count = int(sums.pop("num_predictions"))
+        loss = sums.pop("loss")
+        num_tokens, num_shared, count = (int(sums.pop(f"num_{name}")) for name in ("tokens", "shared_tokens", "predictions"))
         means = {name: value / max(count, 1) for name, value in sums.items()}
-        return StepResult(loss, gradient_norm, learning_rate, means, extremes, count, num_tokens)
+        return StepResult(loss, gradient_norm, learning_rate, means, extremes, count, num_tokens, num_shared)
 
 
 def merge_results(results: list[StepResult], group: str = "train") -> dict[str, float]:
@@ -249,6 +256,6 @@ def merge_results(results: list[StepResult], group: str = "train") -> dict[str, 
         keep = min if name.endswith("_min") else max
         metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in results if name in r.extremes)
     metrics[f"{group}/num_updates"] = float(len(results))
-    for name in ("num_tokens", "num_predictions"):
+    for name in ("num_tokens", "num_shared_tokens", "num_predictions"):
         metrics[f"{group}/{name}"] = float(sum(getattr(r, name) for r in results))
     return metrics

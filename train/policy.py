@@ -49,7 +49,7 @@ class Policy(nn.Module):
 
     def forward(self, pack: Pack) -> tuple[Tensor, ...]:
         """Log-probability [M] and entropy [M] of every prediction of the pack, and its value [M] with a value head; float32."""
-        attend = attention_backend(self.backend, pack.token_ids)
+        attend = attention_backend(self.backend, pack.token_ids, self.decoder.dtype)
         hidden = self.decoder(pack.input_ids, pack.positions, attend)
         project = partial(
             chunked_logprobs,

@@ -21,6 +21,8 @@ from common.state import load_state, save_state
 from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_pretrained, save_pretrained
 from models.family import TINY_RANDOM
 from models.lora import merged_folder, prepare_for_training
+from train.memory_estimate import check_fits, read_shape, setup_of
+from train.memory_estimate import table as memory_table
 from train.policy import policy_trainer
 from train.shared_value import SharedValueUpdate
 from train.value import ValueUpdate
@@ -32,9 +34,15 @@ class Run:
     """One run directory and what works in it. RL (rl.py) and SFT (train/sft.py) each hold one."""
 
     def __init__(
-        self, config: Any, total_steps: int, temperature: float, check: Callable[[Pretrained], None] = lambda model: None
+        self,
+        config: Any,
+        total_steps: int,
+        temperature: float,
+        check: Callable[[Pretrained], None] = lambda model: None,
+        samples: bool = False,
     ) -> None:
-        """total_steps: of the run; temperature: that the trained tokens were sampled under.
+        """total_steps: of the run; temperature: that the trained tokens were sampled under; samples: whether an engine samples
+        them beside the training (RL).
 
         check: what the job asks of its model, called before the weights are read. Until `resume` nothing is written.
         """
@@ -53,7 +61,13 @@ class Run:
         if critic is not None and critic != TINY_RANDOM:  # known before the policy is read and prepared
             with dist.main_first(self.accelerator):
                 find_directory(critic, "model.value_base_model")
-        self.model = self.load_model(check)
+
+        def check_all(model: Pretrained) -> None:
+            check(model)
+            if self.accelerator.device.type == "cuda":
+                self.check_memory(model, samples)
+
+        self.model = self.load_model(check_all)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
         self.value: ValueUpdate | SharedValueUpdate | None = None
@@ -69,6 +83,20 @@ class Run:
         self.step = 0
         """The last finished step."""
         self._report_at = time.monotonic()
+
+    def check_memory(self, model: Pretrained, samples: bool) -> None:
+        """Say what the job will take of the GPUs' memory. Raises UserError where it cannot fit, unless the config says to try."""
+        config, critic = self.config, self.config.model.value_base_model
+        gpu_bytes = torch.cuda.get_device_properties(self.accelerator.device).total_memory
+        value = model.decoder.config if critic == TINY_RANDOM else None
+        if critic is not None and value is None:
+            value = read_shape(str(find_directory(critic, "model.value_base_model")), model.family)
+        job, gpus = "rl" if samples else "sft", self.accelerator.num_processes
+        setup = setup_of(config, job, model.family, model.decoder.config, gpus, gpu_bytes, value)
+        if self.is_main:
+            print(memory_table(setup, gpu_bytes), flush=True)
+        if config.experiment.check_memory:
+            check_fits(setup, gpu_bytes)
 
     def load_model(self, check: Callable[[Pretrained], None] = lambda model: None) -> Pretrained:
         """The model the run starts from (also the frozen reference of a KL term)."""

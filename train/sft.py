@@ -18,9 +18,9 @@ if __name__ == "__main__":
 import numpy as np
 
 from common.errors import UserError, entry_point
-from common.launch import already_launched, launch, needs_launch, writes_the_run
+from common.launch import launch, needs_launch, writes_the_run
 from common.nodes_link import Link
-from common.nodes_start import run_on_all_machines
+from common.nodes_start import is_for_all_machines, run_on_all_machines
 from common.records import Task
 from common.run_dir import is_over
 from data.sft import SFTRecord, load_sft, split
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("sft", argv)
-    if config.experiment.num_node > 1 and link is None and not already_launched():
+    if is_for_all_machines(config, link):
         run_on_all_machines("sft", main, argv)
     if writes_the_run(link) and is_over(config):
         return

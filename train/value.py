@@ -45,7 +45,7 @@ class PackedValues(nn.Module):
 
     def forward(self, pack: Pack) -> tuple[Tensor]:
         """(values [M],), float32, read where the policy reads its log-probs: in the slice that revealed the token."""
-        attend = attention_backend(self.backend, pack.token_ids)
+        attend = attention_backend(self.backend, pack.token_ids, self.model.decoder.dtype)
         return (self.model(pack.input_ids, pack.positions, attend, pack.rows),)
 
 

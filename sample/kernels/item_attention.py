@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sample.kernels.device import shared_memory
 from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 from sample.pages import PAGE
@@ -73,7 +74,8 @@ def item_attention(
     # Twice as many rows where a block is committed, in registers; float32 takes twice the room and has no tensor cores.
     if q.dtype == torch.float32:
         tile, keys_at_a_time, num_warps = 16, 32, 4
-    tile = tile or min(max(TILES), max(16, triton.next_power_of_2(rows)))
+    largest = 128 if shared_memory(q.device) > 170_000 else 64
+    tile = tile or min(largest, max(16, triton.next_power_of_2(rows)))
     keys_at_a_time, num_warps = keys_at_a_time or TILES[tile][0], num_warps or TILES[tile][1]
     out = torch.empty_like(q)
     partial = out if splits == 1 else q.new_empty(splits, num_rows, num_heads, head_dim, dtype=torch.float32)
@@ -226,7 +228,7 @@ def item_attention_reference(
     commit_of: Tensor,
     block_size: int,
 ) -> Tensor:
-    n, num_heads, num_kv_heads = len(order), q.shape[1], k_cache.shape[1]
+    n, num_kv_heads = len(order), k_cache.shape[1]
     out = torch.zeros_like(q)
     longest = int(num_keys.max())
     if longest == 0:
@@ -246,5 +248,4 @@ def item_attention_reference(
         result = folded.unflatten(2, (block_size, -1)).permute(0, 2, 1, 3, 4).flatten(2, 3)  # [n, B, H, K]
         kept = rows[has & (num_keys > 0)]
         out[kept.flatten()] = result[has & (num_keys > 0)].flatten(0, 1)
-    assert num_heads == out.shape[1]
     return out

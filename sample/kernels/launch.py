@@ -1,31 +1,7 @@
-"""When a kernel runs and when its torch reference does; triton where it is installed.
-
-Kernels are written with `triton`, `tl` and `jit` from here, so that their files can be imported where triton is not installed.
-"""
+"""When a kernel of the engine runs and when its torch reference does: as models/kernels/launch.py says."""
 
 from __future__ import annotations
 
-import os
-from typing import Any, Callable
+from models.kernels.launch import INTERPRET, jit, tl, triton, use_kernel
 
-from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-
-    jit = triton.jit
-except ImportError:  # CPU installs: the references are all that runs
-    triton = tl = None
-
-    def jit(function: Callable[..., Any]) -> Callable[..., Any]:
-        return function
-
-
-INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
-"""Kernels run in triton's interpreter, on the CPU as well: for tests. Read once, as triton itself does."""
-
-
-def use_kernel(tensor: Tensor) -> bool:
-    """Whether work on `tensor` is a kernel's: on CUDA, or in the interpreter."""
-    return triton is not None and (tensor.is_cuda or INTERPRET)
+__all__ = ["INTERPRET", "jit", "tl", "triton", "use_kernel"]

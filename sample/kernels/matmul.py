@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from models.logits import matmul_float32
+from sample.kernels.device import shared_memory
 from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 from sample.kernels.swiglu import silu_mul
 
 MAX_ROWS = 32
 """Rows up to which the kernel is used. From some 40 on the library is as fast."""
-
 MULTIPROCESSORS, MIN_PROGRAMS = 132, 120
 """Of an H100 or H200; and programs that a product has at least."""
 SKINNY_DTYPES = [torch.bfloat16]
@@ -75,8 +75,10 @@ def head_logits(hidden: Tensor, weight: Tensor) -> Tensor:
 
 
 def _is_skinny(module: nn.Module, x: Tensor) -> bool:
-    """Whether the kernel may read the module's weight: adapters, biases and subclasses have their own forward."""
-    return type(module) is nn.Linear and module.bias is None and _fits(x, module.weight)
+    """Whether the kernel may read the module's weight: adapters, biases and subclasses have their own forward, and a sharded
+    weight (ZeRO-3) is whole within the module's forward only."""
+    plain = type(module) is nn.Linear and module.bias is None and module.weight.shape == (module.out_features, module.in_features)
+    return plain and _fits(x, module.weight)
 
 
 def _fits(x: Tensor, weight: Tensor) -> bool:
@@ -122,11 +124,13 @@ def _share(num_inputs: int, tiles: Tiles) -> int:
 
 def _launch(x: Tensor, weight: Tensor, out: Tensor, num_outputs: int, tiles: Tiles, gated: bool) -> None:
     num_rows, num_inputs = x.shape
+    rows = max(16, triton.next_power_of_2(num_rows))
+    fitting = shared_memory(x.device) // ((tiles.outputs + rows) * tiles.inputs * x.element_size())
     _skinny_kernel[(triton.cdiv(num_outputs, tiles.outputs // (2 if gated else 1)), tiles.parts)](
         x, weight, out, num_rows, num_outputs, num_inputs, _share(num_inputs, tiles),
-        ROWS=max(16, triton.next_power_of_2(num_rows)), TILE=tiles.outputs, DEPTH=tiles.inputs, GATED=gated,
+        ROWS=rows, TILE=tiles.outputs, DEPTH=tiles.inputs, GATED=gated,
         EVEN=num_inputs % tiles.inputs == 0,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **launch_options(x, num_rows, large=True),
+        num_warps=tiles.num_warps, num_stages=min(tiles.num_stages, fitting), **launch_options(x, num_rows, large=True),
     )  # fmt: skip
 
 

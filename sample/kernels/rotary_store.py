@@ -8,9 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from models.decoder import rope_cos_sin, rotate
+from models.decoder import rope_cos_sin
+from models.kernels.norms import rms_norm_reference
+from models.kernels.rotary import rotate
 from sample.kernels.launch import jit, tl, triton, use_kernel
-from sample.kernels.norms import rms_norm_reference
 from sample.kernels.overlap import begin, finish, launch_options
 
 HEADS_AT_A_TIME = 8
@@ -77,7 +78,7 @@ def _half(qkv, at, inside, part_stride, DTYPE: tl.constexpr, PARTS: tl.constexpr
 
 
 @jit
-def _norm_rotate(first, second, weight, cos, sin, half, inside, head_dim, eps, DTYPE: tl.constexpr, NORM: tl.constexpr):
+def _norm_rotate(first, second, weight, cos, sin, half, head_dim, eps, DTYPE: tl.constexpr, NORM: tl.constexpr):
     """Norm and rotation of heads [heads, HALF] x 2, every product rounded as torch does."""
     if NORM:
         scale = tl.rsqrt((tl.sum(first * first, axis=1) + tl.sum(second * second, axis=1)) / head_dim + eps)[:, None]
@@ -117,7 +118,7 @@ def _rotary_store_kernel(
         q_at = q_head[:, None] * head_dim + half[None, :]
         q_first = _half(qkv, start + q_at, q_inside, part_stride, dtype, PARTS)
         q_second = _half(qkv, start + q_at + half_dim, q_inside, part_stride, dtype, PARTS)
-        q_first, q_second = _norm_rotate(q_first, q_second, q_weight, cos, sin, half, q_inside, head_dim, eps, dtype, NORM)
+        q_first, q_second = _norm_rotate(q_first, q_second, q_weight, cos, sin, half, head_dim, eps, dtype, NORM)
         q_row = q + row * num_heads * head_dim
         tl.store(q_row + q_at, q_first, mask=q_inside)
         tl.store(q_row + q_at + half_dim, q_second, mask=q_inside)
@@ -128,7 +129,7 @@ def _rotary_store_kernel(
         k_start = start + num_heads * head_dim
         first = _half(qkv, k_start + at, inside, part_stride, dtype, PARTS)
         second = _half(qkv, k_start + at + half_dim, inside, part_stride, dtype, PARTS)
-        first_out, second_out = _norm_rotate(first, second, k_weight, cos, sin, half, inside, head_dim, eps, dtype, NORM)
+        first_out, second_out = _norm_rotate(first, second, k_weight, cos, sin, half, head_dim, eps, dtype, NORM)
         v_start = k_start + num_kv_heads * head_dim
         v_first = _half(qkv, v_start + at, inside, part_stride, dtype, PARTS).to(dtype)
         v_second = _half(qkv, v_start + at + half_dim, inside, part_stride, dtype, PARTS).to(dtype)

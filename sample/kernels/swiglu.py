@@ -1,10 +1,13 @@
-"""silu(gate) * up of the fused gate/up product, in one pass. Shapes: N rows, F intermediate, S parts."""
+"""silu(gate) * up of the fused gate/up product, in one pass; its torch reference is models/kernels/swiglu.py's.
+
+Shapes: N rows, F intermediate.
+"""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.swiglu import silu_mul_reference
 from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 
@@ -35,11 +38,3 @@ def _silu_mul_kernel(gate_up, out, width, TILE: tl.constexpr, OVERLAP: tl.conste
     gate = (gate / (1.0 + tl.exp(-gate))).to(dtype).to(tl.float32)
     finish(OVERLAP)
     tl.store(out + row * width + column, (gate * up).to(dtype), mask=inside)
-
-
-# -- reference
-
-
-def silu_mul_reference(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up

@@ -25,6 +25,8 @@ CANVAS_MISTAKES = [
     ("rl", ["rollout.steps=3"], "rollout.steps: got 3, must be at least 4: rollout.max_gen_length=128 is as many blocks of 32"),
     ("rl", ["rollout.pad_target_penalty=0"], "rollout.pad_target_penalty: got 0.0, must be above 0"),
     ("rl", ["rollout.cache=both"], "rollout.cache: got 'both' on the command line, expected one of none, prefix, dual, or null"),
+    ("rl", ["rollout.use_cache=false", "rollout.cache=dual"], "rollout.use_cache: got false, but rollout.cache says dual"),
+    ("rl", ["rollout.cache=dual", "evaluation.use_cache=false"], "evaluation.use_cache: got false, but evaluation.cache says dual"),
     ("rl", ["model.block_size=8"], "model.block_size: got 8, but llada is no block model: leave it out"),
     ("rl", ["training.old_logprobs=engine"], "got 'engine' with a prefix cache, but caches of full-attention"),
     ("rl", ["training.old_logprobs=engine", "rollout.cache=dual"], "got 'engine' with a dual cache"),

@@ -12,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.run_dir import RunDir
 from configs.checks import RANGES
 from configs.help import help_text, settings
 from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
@@ -103,6 +104,17 @@ def test_defaults_are_resolved(load):
     assert config.evaluation.num_response_per_task == 1
     assert dataclasses.is_dataclass(config.optimizer.params) and type(config.rollout.stop_token_list) is list
     assert load("sft", MINIMAL).training.method == "semi-ar"
+
+
+def test_the_engine_is_of_the_job_and_how_prompts_are_dealt_out_of_a_decoding(load):
+    """Evaluation files say rollout or evaluation; the engine is rollout's in every job."""
+    settings = "rollout.engine=torch", "rollout.deterministic=true", "rollout.max_active=7"
+    for job in ("rl", "eval", "sft"):
+        config = load(job, MINIMAL, *settings)
+        assert (config.rollout.engine, config.evaluation.deterministic, config.evaluation.max_active) == ("torch", True, 7)
+    assert load("rl", MINIMAL).rollout.engine == "auto" and not load("rl", MINIMAL).rollout.deterministic
+    with pytest.raises(UserError, match=r"evaluation.engine: unknown setting .*did you mean rollout.engine"):
+        load("eval", MINIMAL, "evaluation.engine=torch")
 
 
 def test_values_are_converted(load):
@@ -247,6 +259,16 @@ def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
 def test_sft_has_no_value_model(load, change):
     with pytest.raises(UserError, match=rf"{change.partition('=')[0]}: got .*, but finetuning has no value model"):
         load("sft", MINIMAL, change)
+
+
+def test_compiled_kernels_are_kept_in_the_run_directory(load, monkeypatch, tmp_path):
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/of/the/user")
+    config = load("rl", MINIMAL, f"experiment.project={tmp_path / 'run'}")
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "run" / "cache" / "inductor")
+    assert os.environ["TRITON_CACHE_DIR"] == "/of/the/user"
+    (tmp_path / "run" / "cache").mkdir(parents=True)  # a process that compiled and was killed before it wrote anything
+    RunDir(config.experiment.project).check_path()
 
 
 def test_system_settings_become_environment_variables(load, monkeypatch, tmp_path):

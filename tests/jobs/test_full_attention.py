@@ -54,7 +54,7 @@ def evaluate(server: ForkServer, family: str, model: Path, project: Path, **chan
         "model.pretrained_model": model,
         "evaluation.remasking_strategy": SAMPLED,
         "evaluation.top_k": 0,
-        "evaluation.use_cache": "false",
+        "evaluation.cache": "none",
         **changes,
     }
     job = server.run("eval.py", arguments("tiny_eval", project, settings))
@@ -116,7 +116,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "several_updates": {"training.num_updates_per_step": 4, "training.eps_high": 0.28},
     # Four rows of a response, of the six or so that it has: noisier, and on average the same.
     "some_rows": {"training.max_rows_per_response": 4},
-    "prefix_cache": {"rollout.use_cache": "true"},
+    "prefix_cache": {"rollout.cache": "prefix"},
     "dual_cache": {"rollout.cache": "dual"},
     "capped_cache": {"rollout.cache": "dual", "training.importance_cap": 2},
     "stop_early": {"rollout.stop_early": "true"},

@@ -58,7 +58,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             "config": "configs/rl_tiny_dream.yaml",
             "model.pretrained_model": "tiny-random",
             "dataset.data_type": "remainder",
-            "rollout.use_cache": "true",
+            "rollout.cache": "prefix",
             "training.max_rows_per_response": 2,
         },
     ),

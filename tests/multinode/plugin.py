@@ -14,11 +14,13 @@ from pathlib import Path
 from reward.exact import ExactReward
 from reward.registry import REWARDS, Score
 
-if "CUT_AT" in os.environ and "RANK" in os.environ:
+IS_LAUNCHER = "NODE_RANK" in os.environ and "RANK" not in os.environ
+
+if "CUT_AT" in os.environ and not IS_LAUNCHER:
     os.environ["KILL_AT"] = os.environ["CUT_AT"]
     os.environ["KILL_MARKER"] = os.environ["CUT_MARKER"]
 
-if "KILL_AT" in os.environ and "RANK" in os.environ:
+if "KILL_AT" in os.environ and not IS_LAUNCHER:
     from tests.jobs import killer
 
     if "CUT_AT" in os.environ:

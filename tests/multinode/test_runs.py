@@ -16,7 +16,7 @@ from common.metrics import read_metrics
 from common.records import read_rollouts
 from tests.distributed.harness import ROOT
 from tests.jobs.conftest import content
-from tests.multinode.harness import Machine, on_loopback
+from tests.multinode.harness import Machine, free_port, on_loopback
 from tests.multinode.hosts import Hosts, two_hosts, why_not
 
 PLUGIN = Path(__file__).with_name("plugin.py")
@@ -256,7 +256,7 @@ def test_one_machine_two_machines_one_machine(job: Job, data: Path, tmp_path: Pa
     def one_machine(project: str, kill_at: str | None = None) -> int:
         killing = {"KILL_AT": kill_at, "KILL_MARKER": str(tmp_path / kill_at)} if kill_at is not None else {}
         command = [str(ROOT / "rl.py"), *settings("rl", data, **six, **deepspeed(1))]
-        machine = Machine(tmp_path / project, command, {**killing, "RANK_TEST": "1"})
+        machine = Machine(tmp_path / project, command, killing)
         job.machines.append(machine)
         return machine.wait()
 
@@ -280,22 +280,26 @@ def test_one_machine_two_machines_one_machine(job: Job, data: Path, tmp_path: Pa
 
 
 @pytest.mark.slow
-def test_accelerate_launches_finetuning(data: Path, tmp_path: Path, on_one_host: Finished):
+def test_accelerate_launches_finetuning(data: Path, tmp_path: Path):
     """`accelerate launch --num_machines 2`, once on each machine: no launcher of ours, the same weights."""
-    from tests.multinode.harness import free_port
-
-    port = free_port()
-    machines = []
+    shipped = (ROOT / "accelerate_configs" / "2_node_8_gpus_deepspeed_zero2.yaml").read_text()
+    file = tmp_path / "two.yaml"
+    of_two = shipped.replace("num_processes: 16", "num_processes: 2")
+    file.write_text(of_two.replace("mixed_precision: bf16", "mixed_precision: 'no'"))
+    port, machines = free_port(), []
     for index in range(2):
-        options = ["--num_machines", "2", "--machine_rank", str(index), "--main_process_ip", "127.0.0.1"]
-        options += ["--main_process_port", str(port), "--num_processes", "2", "--mixed_precision", "no", "--dynamo_backend", "no"]
+        options = ["--machine_rank", str(index), "--main_process_ip", "127.0.0.1", "--main_process_port", str(port)]
         script = [str(ROOT / SCRIPTS["sft"]), *settings("sft", data), "experiment.num_node=2"]
-        command = ["-m", "accelerate.commands.launch", "--cpu", *options, *script]
-        machines.append(Machine(tmp_path / f"machine_{index}", command, {}))
+        command = ["-m", "accelerate.commands.launch", "--config_file", str(file), *options, *script]
+        machines.append(Machine(tmp_path / f"machine_{index}", command, {"GLOO_SOCKET_IFNAME": "lo"}))
     try:
         finish(machines)
     finally:
         for machine in machines:
             machine.kill()
-    assert_equal(left(tmp_path / "machine_0" / "run"), on_one_host("sft"))
+    zero2 = "experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero2"
+    command = [str(ROOT / SCRIPTS["sft"]), *settings("sft", data), *ON_ONE_HOST, zero2]
+    one_host = Machine(tmp_path / "one_host", command, {})
+    finish([one_host])
+    assert_equal(left(tmp_path / "machine_0" / "run"), left(tmp_path / "one_host" / "run"))
     assert [path.name for path in (tmp_path / "machine_1").iterdir()] == ["log"]

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import random
 
 import pytest
+import torch
 
 from common.errors import UserError
 from models.decoder import Decoder
 from models.registry import FAMILIES
-from sample import paged_block
+from sample import paged_block, paged_state
 from sample.block import BlockEngine
 from sample.capacity import Capacity, Demand, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.paged_block import PagedBlockEngine
 from sample.pages import PAGE, pages_of
 from sample.queue import ListQueue, Unit
-from sample.registry import KERNEL_ENGINES
 from tests.sample.reference import random_decoder, random_requests
 from tests.sample.test_block import DECODINGS, THRESHOLD, assert_same, settings
 
@@ -139,7 +140,7 @@ def test_prefills_are_packed_up_to_the_budget(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(paged_block, "RESULT_POSITIONS", 1)
+    monkeypatch.setattr(paged_state, "RESULT_POSITIONS", 1)
     engine = PagedBlockEngine(random_decoder(), SDAR, max_active=2)
     assert_equal_to_eager(engine, mixed_requests(9, seed=1), settings())
     assert len(engine.device_state.results.tokens) == 4 < engine.statistics.sequences
@@ -218,9 +219,19 @@ def test_which_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
     assert type(build_engine(decoder, SDAR)) is BlockEngine
     assert type(build_engine(decoder, SDAR, 4, "torch")) is BlockEngine
     assert type(build_engine(decoder, SDAR, 4, "triton")) is PagedBlockEngine
-    with pytest.raises(UserError, match="rollout.engine=triton.*choices: block"):
-        build_engine(decoder, dataclasses.replace(SDAR, attention="full"), 4, "triton")
-    assert KERNEL_ENGINES.names() == ["block"]
+    with pytest.raises(UserError, match="rollout.engine=triton: .*choices: block"):
+        build_engine(decoder, dataclasses.replace(SDAR, attention="another"), 4, "triton")
+
+    class OnGpu(type(decoder)):
+        device = torch.device("cuda")
+
+    decoder.__class__ = OnGpu
+    assert type(build_engine(decoder, SDAR)) is PagedBlockEngine
+    assert type(build_engine(decoder, SDAR, 4, "torch")) is BlockEngine
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert type(build_engine(decoder, SDAR)) is BlockEngine
+    with pytest.raises(UserError, match="rollout.engine: triton is not installed"):
+        build_engine(decoder, SDAR, 4, "triton")
 
 
 def test_bad_input() -> None:
@@ -249,7 +260,7 @@ def test_buckets_hold_what_they_are_for() -> None:
         for active in range(1, 300):
             capacity = demand.capacity(active)
             assert active <= capacity.items and 1 <= capacity.commits <= capacity.items
-            assert size <= capacity.head_rows <= max(size, min(capacity.items * size, 2**28 // 151_936))
+            assert size <= capacity.head_rows <= max(size, min(capacity.items * size, 2**29 // 151_936))
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

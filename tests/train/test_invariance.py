@@ -174,8 +174,21 @@ def test_other_packs(accelerator, rollouts, whole):
     check_same(run_update(accelerator, rollouts[::-1], budget=300), whole)
 
 
+@pytest.mark.parametrize("budget", [WHOLE, 300, 60])
+def test_shared_prompts(accelerator, rollouts, whole, budget):
+    """The four responses of a task share its prompt's whole blocks: in one micro-batch, in packs, and cut by slices."""
+    result = run_update(accelerator, rollouts, "training.shared_prompts=always", budget=budget)
+    saved = result["metrics"].pop("train/num_shared_tokens")
+    theirs = {**whole, "metrics": {**whole["metrics"]}}
+    assert saved > 0 and theirs["metrics"].pop("train/num_shared_tokens") == 0
+    tokens, without = (one["metrics"].pop("train/num_tokens") for one in (result, theirs))
+    if budget != 60:
+        assert tokens + saved == without
+    check_same(result, theirs)
+
+
 def test_packs_with_filler(accelerator, rollouts, whole, monkeypatch):
-    monkeypatch.setattr(train.loop, "build_pack", lambda d, mask, round_to, shift: train.packing.build_pack(d, mask, 128, shift))
+    monkeypatch.setattr(train.loop, "build_pack", lambda d, mask, round_to, *rest: train.packing.build_pack(d, mask, 128, *rest))
     check_same(run_update(accelerator, rollouts, budget=300), whole)
 
 
@@ -256,6 +269,7 @@ def test_merged_metrics_are_means_extremes_and_sums():
             "train/ratio_min": 0.1,
             "train/num_updates": 2.0,
             "train/num_tokens": 150.0,
+            "train/num_shared_tokens": 0.0,
             "train/num_predictions": 40.0,
         }
     )

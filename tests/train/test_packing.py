@@ -35,6 +35,21 @@ def random_documents(block_size, count=6, seed=0, shrink=1, vocab=25):
     return documents, responses
 
 
+def documents_of_groups(block_size, count=12, seed=0):
+    """Responses of few prompts, in any order; among them prompts that fill whole blocks, that do not, and that fill none."""
+    rng = np.random.default_rng(seed)
+    prompts = [rng.integers(0, 25, n) for n in (2 * block_size + 1, 3 * block_size, max(1, block_size - 1), block_size)]
+    prompts.append(np.concatenate([prompts[1][:-1], [26]]))  # one that parts from another in its last token
+    documents = []
+    for index in range(count):
+        prompt = prompts[int(rng.integers(len(prompts)))]
+        length = -len(prompt) % block_size + block_size * int(rng.integers(1, 4))
+        steps = rng.integers(1, 3 * block_size, length)
+        r = Response(prompt, rng.integers(0, 25, length), int(rng.integers(1, length + 1)), steps)
+        documents.append(build_document(index, r, trace_slices(r, block_size, TRAINING, None), block_size))
+    return documents
+
+
 @pytest.fixture(scope="module")
 def tiny():
     return build_tiny(FAMILIES.get("sdar"), seed=3)
@@ -83,6 +98,83 @@ def test_packed_logprobs_and_gradients_equal_one_forward_per_step(tiny, block_si
     for name, p in policy.named_parameters():
         assert (packed[name] - p.grad).abs().max() <= 1e-5 * p.grad.abs().max(), name
     assert (entropy > 0).all()
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("block_size", [1, 4])
+def test_a_shared_prompt_changes_nothing_but_the_tokens(tiny, block_size, shift):
+    """Log-probs, loss and gradient as without sharing; the pack is shorter by every further copy of a prompt's whole blocks."""
+    documents = documents_of_groups(block_size, seed=block_size)
+    number(documents)
+    policy = Policy(tiny.decoder, tiny.forbidden_ids)
+    weights = torch.randn(sum(d.num_predictions for d in documents), generator=torch.Generator().manual_seed(0))
+    results = []
+    for share in (False, True):
+        pack = build_pack(documents, tiny.mask_id, logit_shift=shift, share_prompts=share)
+        policy.zero_grad()
+        logprobs = torch.zeros(len(weights)).index_copy(0, pack.prediction, policy(pack)[0])
+        loss = (logprobs * weights).sum()
+        loss.backward()
+        results.append((pack, logprobs.detach(), loss.detach(), {name: p.grad.clone() for name, p in policy.named_parameters()}))
+    (plain, *_), (shared, *_) = results
+    prompts = {d.ids[: d.prompt_length].tobytes(): d.prompt_length // block_size * block_size for d in documents}
+    copies = sum(d.prompt_length // block_size * block_size for d in documents)
+    assert plain.num_shared == 0 and plain.token_ids.prefix is None
+    if block_size > 1:  # prompts that differ in their last token share nothing, though a part of their blocks be the same
+        assert shared.num_shared == copies - sum(prompts.values()) > 0
+    assert len(plain.input_ids) - len(shared.input_ids) == shared.num_shared
+    _, ours, loss, gradients = results[1]
+    _, theirs, plain_loss, expected = results[0]
+    assert (ours - theirs).abs().max() < 1e-5 and abs(loss - plain_loss) < 1e-5 * abs(plain_loss)
+    for name, gradient in gradients.items():
+        assert (gradient - expected[name]).abs().max() <= 2e-6 * expected[name].abs().max(), name
+
+
+def test_mask_of_a_shared_prompt_by_hand(tiny):
+    """Block size 2: a prompt of 3 tokens, of which one block is shared; responses that complete one block and fill another."""
+    responses = [Response(np.array([7, 8, 9]), np.array([n, n, n]), 3, np.array([1, 2, 2])) for n in (1, 2)]
+    documents = [build_document(i, r, trace_slices(r, 2, TRAINING, None), 2) for i, r in enumerate(responses)]
+    number(documents)
+    pack = build_pack(documents, 27, share_prompts=True)
+    # 0-1 the prefix; 2-3 the first response's clean block, 4-5 and 6-7 its slices; 8-13 the same of the second.
+    assert pack.input_ids.tolist() == [7, 8, 9, 1, 9, 27, 27, 27, 9, 2, 9, 27, 27, 27]
+    assert pack.positions.tolist() == [0, 1, 2, 3, 2, 3, 4, 5, 2, 3, 2, 3, 4, 5]
+    visible = [dense_mask(pack.token_ids)[q].nonzero()[:, 0].tolist() for q in range(14)]
+    first = [[0, 1]] * 2 + [[0, 1, 2, 3]] * 2 + [[0, 1, 4, 5]] * 2 + [[0, 1, 2, 3, 6, 7]] * 2
+    second = [[0, 1, *(k + 6 for k in own[2:])] for own in first[2:]]
+    assert visible == first + second
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_responses_of_a_prompt_go_together(num_ranks):
+    """Into the packs that hold their prompt as far as these stay even; what is trained is what was given."""
+    rng = np.random.default_rng(0)
+    documents = []
+    for index in range(48):  # 6 prompts of 64 tokens, 8 responses of 8 blocks each, one step a block
+        prompt, n = np.full(64, index % 6), 32
+        r = Response(prompt, rng.integers(0, 25, n), n, np.repeat(np.arange(1, 9), 4))
+        documents.append(build_document(index, r, trace_slices(r, 4, TRAINING, None), 4))
+    number(documents)
+    size = documents[0].num_tokens
+    assert size == 64 + 28 + 32
+    ranks = assign(documents, 6 * (64 + 8 * 60) // 3, num_ranks, share_prompts=True)
+    assert {len(packs) for packs in ranks} == {3 // num_ranks}
+    packs = [build_pack(own, 27, share_prompts=True) for packs in ranks for own in packs]
+    assert [len(pack.input_ids) for pack in packs] == [2 * (64 + 8 * 60)] * 3, "two prompts in each"
+    assert sorted(n for pack in packs for n in pack.prediction.tolist()) == list(range(48 * 32))
+    assert len(assign(documents, 6 * (64 + 8 * 60) // 3, num_ranks)[0]) > 3 // num_ranks, "without sharing they need more"
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_packs_keep_the_budget_when_prompts_are_shared(share):
+    documents = documents_of_groups(4, count=40, seed=3)
+    number(documents)
+    ranks = assign(documents, 150, 2, share)
+    assert len({len(packs) for packs in ranks}) == 1
+    loads = [len(build_pack(own, 27, share_prompts=share).input_ids) for packs in ranks for own in packs if own]
+    assert max(loads) <= 150 and min(loads) > 75
+    found = np.concatenate([d.numbers for packs in ranks for own in packs for d in own])
+    assert sorted(found) == list(range(sum(d.num_predictions for d in documents)))
 
 
 def test_cutting_documents_and_rows_changes_no_logprob(tiny):
@@ -229,7 +321,11 @@ def test_a_canvas_is_a_document_of_its_own(tiny, shift):
     pack = build_pack(documents, tiny.mask_id, round_to=32, logit_shift=shift)
     widths = [document.block_size for document in documents for _ in document.trace.block]
     _, lengths = torch.unique_consecutive(pack.token_ids.document, return_counts=True)
-    assert lengths.tolist() == widths + [1] * pack.num_filler
+    assert lengths.tolist() == widths + [pack.num_filler] and sum(widths) + pack.num_filler == len(pack.input_ids) <= 128
+    starts = pack.token_ids.whole.starts
+    assert starts.tolist() == [0, *lengths.cumsum(0).tolist()] and pack.token_ids.whole.longest == lengths.max()
+    document = pack.token_ids.document
+    assert torch.equal(dense_mask(pack.token_ids), document[:, None] == document[None, :]), "no mask is needed"
     assert torch.equal(pack.positions[: sum(widths)], torch.cat([torch.arange(width) for width in widths]))
     expected = []
     for document in documents:

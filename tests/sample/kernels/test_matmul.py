@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import nn
 
+from models.kernels.swiglu import silu_mul_reference
 from models.lora import LoRA, LoRALinear
 from sample.kernels import matmul
 from sample.kernels.matmul import Tiles, gate_up_silu, head_logits, product, skinny_gate_up, skinny_product
-from sample.kernels.swiglu import silu_mul_reference
 from tests.sample.kernels.compare import assert_near, poisoned
 
 CASES = [  # (rows, outputs, inputs, tiles)

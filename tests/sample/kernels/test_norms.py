@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from models.decoder import RMSNorm
-from sample.kernels.norms import add_rms_norm, add_rms_norm_reference, rms_norm, rms_norm_reference
+from models.kernels.norms import rms_norm_reference
+from sample.kernels.norms import add_rms_norm, add_rms_norm_reference, rms_norm
 from tests.sample.kernels.compare import assert_near, poisoned
 
 DTYPES = [torch.float32, torch.bfloat16]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from sample.kernels.swiglu import silu_mul, silu_mul_reference
+from models.kernels.swiglu import silu_mul_reference
+from sample.kernels.swiglu import silu_mul
 from tests.sample.kernels.compare import assert_near, poisoned
 
 
