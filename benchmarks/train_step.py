@@ -7,8 +7,12 @@
 Random weights of the published shape, N of its layers (the whole vocabulary). Steps are drawn for every block: on average block
 size / reveal of them, some block taking as many as it has tokens, so that R, the reference's rows per response, is what is printed.
 First the losses and gradients of both ways are compared, then times, memory and MFU are measured: forward and backward of all
-micro-batches, without the optimizer. MFU counts (6 x matmul parameters x packed tokens + head + attention), no recomputation,
-against 989 TFLOP/s.
+micro-batches, without the optimizer. The packed way shares the prompt of the `--group` responses of a task; "unshared" is the same
+without it, "plain torch" without fused layers and head. The reference's way runs plain torch.
+
+Every time is taken at N layers and at half of them, and "whole" is what that makes for all layers of the shape. MFU counts
+(6 x matmul parameters x packed tokens + head + attention), no recomputation, against 989 TFLOP/s; "pack" is the same for the layers
+of one full pack alone, and "head" the vocabulary's part for 4,000 and 16,000 predicted tokens.
 """
 
 from __future__ import annotations
@@ -24,9 +28,13 @@ import numpy as np
 import torch
 
 from benchmarks.reference_rows import Batch, build_rows, row_logprobs
-from benchmarks.shapes import MASK_ID, MASK_IDS, matmul_parameters, random_decoder
-from models.attention import tile_pairs
+from benchmarks.shapes import SHAPES, mask_id_of, matmul_parameters, random_decoder
+from models.attention import attention_backend, tile_pairs
 from models.decoder import Decoder
+from models.family import DecoderConfig
+from models.kernels.launch import plain_torch
+from train.logprobs import chunked_logprobs
+from train.loop import pack_multiple
 from train.methods.tracerl import trace_slices
 from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
 from train.packing import Document, Pack, assign, build_document, build_pack, number
@@ -40,16 +48,19 @@ TRAINING = SimpleNamespace(
 
 
 def draw_responses(arguments: Any, reveal: float, vocab: int) -> list[Response]:
-    """Random tokens; in every block 1 + Binomial(B - 1, p) steps with mean B / reveal, each revealing at least one token."""
+    """Random tokens, one prompt for every `group` responses. In every block 1 + Binomial(B - 1, p) steps with mean B / reveal, each
+    revealing at least one token."""
     rng = np.random.default_rng(arguments.seed)
     size = TRAINING.block_size
     responses = []
-    for _ in range(arguments.responses):
+    prompt = rng.integers(0, vocab, -(-arguments.prompt // size) * size)
+    for index in range(arguments.responses):
+        if index and index % arguments.group == 0:
+            prompt = rng.integers(0, vocab, len(prompt))
         length = arguments.response
         if arguments.ragged:
             length = int(np.clip(rng.lognormal(np.log(arguments.response / 3), 0.8), 16, arguments.response))
         length = -(-length // size) * size
-        prompt = -(-arguments.prompt // size) * size
         num_blocks = length // size
         num_steps = 1 + rng.binomial(size - 1, (size / reveal - 1) / (size - 1), num_blocks)
         steps = np.zeros((num_blocks, size), np.int64)
@@ -58,14 +69,16 @@ def draw_responses(arguments: Any, reveal: float, vocab: int) -> list[Response]:
             own = np.concatenate([np.arange(count), rng.integers(0, count, size - count)])
             steps[block] = first + rng.permutation(own)
             first += count
-        responses.append(Response(rng.integers(0, vocab, prompt), rng.integers(0, vocab, length), length, steps.ravel()))
+        responses.append(Response(prompt, rng.integers(0, vocab, length), length, steps.ravel()))
     return responses
 
 
 class Packed:
     """Our way: packed slices, chunked head."""
 
-    def __init__(self, decoder: Decoder, responses: list[Response], arguments: Any, mask_id: int) -> None:
+    def __init__(
+        self, decoder: Decoder, responses: list[Response], arguments: Any, mask_id: int, share_prompts: bool = True
+    ) -> None:
         self.policy = Policy(decoder, [mask_id], backend=arguments.backend, head_chunk=2048).to(arguments.device)
         self.documents: list[Document] = []
         for index, response in enumerate(responses):
@@ -76,9 +89,9 @@ class Packed:
         longest = max(len(r.response_ids) for r in responses)
         self.weights = torch.as_tensor(token_weights(self.predictions, "reference", longest, longest), dtype=torch.float32)
         self.advantages = torch.linspace(-1, 1, len(responses))[torch.as_tensor(self.predictions.response)]
-        round_to = max(128, arguments.budget // 8) if arguments.device == "cuda" else 1
-        [packs] = assign(self.documents, arguments.budget, 1)
-        self.packs = [build_pack(p, mask_id, round_to).to(arguments.device) for p in packs]
+        [packs] = assign(self.documents, arguments.budget, 1, share_prompts)
+        round_to = pack_multiple(arguments.budget, torch.device(arguments.device))
+        self.packs = [build_pack(p, mask_id, round_to, share_prompts=share_prompts).to(arguments.device) for p in packs]
         self.weights, self.advantages = self.weights.to(arguments.device), self.advantages.to(arguments.device)
 
     def update(self) -> float:
@@ -103,13 +116,20 @@ class Packed:
     def flops(self) -> float:
         """Of forward and backward, nothing recomputed: 6 per weight and token, 12 per head dimension and visible pair."""
         c = self.policy.decoder.config
-        pairs = sum(visible_pairs(p) for p in self.packs)
-        head = 6 * c.vocab_size * c.hidden_size * len(self.predictions)
-        return 6 * matmul_parameters(c) * self.num_tokens + head + 12 * pairs * c.num_heads * c.head_dim * c.num_layers
+        return sum(layer_flops(c, p) for p in self.packs) + 6 * c.vocab_size * c.hidden_size * len(self.predictions)
+
+
+def layer_flops(c: DecoderConfig, pack: Pack) -> float:
+    """Of forward and backward of all layers."""
+    num_tokens = len(pack.input_ids) - pack.num_filler
+    return 6 * matmul_parameters(c) * num_tokens + 12 * visible_pairs(pack) * c.num_heads * c.head_dim * c.num_layers
 
 
 def visible_pairs(pack: Pack) -> int:
-    return int(tile_pairs(pack.token_ids).sum(dtype=torch.int64))
+    """Filler's not counted."""
+    pairs = int(tile_pairs(pack.token_ids).sum(dtype=torch.int64))
+    _, lengths = torch.unique_consecutive(pack.token_ids.document[len(pack.input_ids) - pack.num_filler :], return_counts=True)
+    return pairs - int(lengths.square().sum())
 
 
 class Rows:
@@ -161,7 +181,7 @@ def compare(arguments: Any, reveal: float) -> dict[str, float]:
     """Loss and gradient of both ways in float32, on two layers of the shape and few responses."""
     small = argparse.Namespace(**{**vars(arguments), "responses": 2, "response": min(arguments.response, 128), "reference_rows": 2})
     decoder = random_decoder(arguments.shape, 1, torch.float32, arguments.device)
-    mask_id = MASK_IDS.get(arguments.shape, MASK_ID)
+    mask_id = mask_id_of(arguments.shape)
     responses = draw_responses(small, reveal, mask_id)
     packed, rows = Packed(decoder, responses, small, mask_id), Rows(decoder, responses, small, mask_id)
     packed.policy.forbidden = None  # the reference keeps the mask id in the softmax
@@ -191,40 +211,134 @@ def measure(run: Callable[[], Any], arguments: Any) -> tuple[float, float]:
     return float(np.median(seconds)), torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0
 
 
-def benchmark(arguments: Any, reveal: float) -> dict[str, Any]:
+def times(arguments: Any, reveal: float, layers: int) -> dict[str, Any]:
+    """Seconds and peak memory of everything, at so many layers."""
     dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
-    decoder = random_decoder(arguments.shape, arguments.layers, dtype, arguments.device)
-    weights = sum(p.numel() * p.element_size() for p in decoder.parameters()) / 2**30
-    mask_id = MASK_IDS.get(arguments.shape, MASK_ID)
+    decoder = random_decoder(arguments.shape, layers, dtype, arguments.device)
+    mask_id = mask_id_of(arguments.shape)
     responses = draw_responses(arguments, reveal, mask_id)
-    packed, rows = Packed(decoder, responses, arguments, mask_id), Rows(decoder, responses, arguments, mask_id)
+    packed, unshared = (Packed(decoder, responses, arguments, mask_id, share) for share in (True, False))
+    rows = Rows(decoder, responses, arguments, mask_id)
+    result: dict[str, Any] = {}
+
+    def timed(name: str, run: Callable[[], Any], recompute: bool = False) -> None:
+        decoder.gradient_checkpointing = recompute
+        result[f"{name}_seconds"], result[f"{name}_peak_gib"] = measure(run, arguments)
+
+    def update(way: Any) -> Callable[[], Any]:
+        return lambda: (decoder.zero_grad(set_to_none=False), way.update())
+
+    timed("packed", update(packed))
+    timed("packed_recompute", update(packed), recompute=True)
+    timed("unshared", update(unshared))
+    timed("packed_logprobs", packed.logprobs)
+    with plain_torch():
+        timed("packed_plain_torch", update(packed))
+        if arguments.compare:
+            timed("reference", update(rows))
+            timed("reference_old_logprobs", rows.logprobs)
     num_trained = len(packed.predictions)
-    result: dict[str, Any] = {
-        "shape": arguments.shape,
-        "layers": decoder.config.num_layers,
-        "responses": len(responses),
-        "mean_response": float(np.mean([len(r.response_ids) for r in responses])),
-        "reveal": reveal,
-        "ragged": arguments.ragged,
+    facts = {
         "rows_per_response": len(rows.rows) / len(responses),
+        "mean_response": float(np.mean([len(r.response_ids) for r in responses])),
         "packed_tokens_per_response_token": packed.num_tokens / num_trained,
+        "unshared_tokens_per_response_token": unshared.num_tokens / num_trained,
         "reference_tokens_per_response_token": rows.num_tokens / num_trained,
         "num_packs": len(packed.packs),
-        "weights_and_gradients_gib": 2 * weights,
+        "filler_share": 1 - packed.num_tokens / sum(len(p.input_ids) for p in packed.packs),
+        "weights_and_gradients_gib": 2 * sum(p.numel() * p.element_size() for p in decoder.parameters()) / 2**30,
+        "flops": packed.flops(),
     }
-    for name, recompute in [("plain", False), ("recompute", True)]:
+    return {**facts, **result}
+
+
+def benchmark(arguments: Any, reveal: float) -> dict[str, Any]:
+    """At N layers, and what N and N/2 make for the whole shape: its seconds lie on the line through both."""
+    result = {"shape": arguments.shape, "layers": arguments.layers, "responses": arguments.responses, "reveal": reveal}
+    result |= {"ragged": arguments.ragged, "group": arguments.group, **times(arguments, reveal, arguments.layers)}
+    fewer, whole = arguments.layers // 2, SHAPES[arguments.shape].num_layers
+    half = times(arguments, reveal, fewer) if fewer else {}
+    for prefix, scale in [("", 0.0), ("whole_", (whole - arguments.layers) / max(1, arguments.layers - fewer))]:
+        if prefix and not half:
+            continue
+
+        def at(name: str, scale: float = scale, own: dict[str, Any] = result) -> float:
+            return own[name] + (scale * (own[name] - half[name]) if scale else 0.0)
+
+        own = {"packed_mfu": at("flops") / at("packed_seconds") / PEAK_FLOPS}
+        own["packed_recompute_mfu"] = at("flops") / at("packed_recompute_seconds") / PEAK_FLOPS
+        if arguments.compare:
+            old = at("reference_old_logprobs_seconds")
+            own["speedup"] = (at("reference_seconds") + old) / at("packed_seconds")
+            own["speedup_without_old_logprobs"] = at("reference_seconds") / at("packed_seconds")
+            own["speedup_unshared"] = (at("reference_seconds") + old) / at("unshared_seconds")
+            own["speedup_with_recomputation"] = (at("reference_seconds") + old) / at("packed_recompute_seconds")
+        result |= {prefix + name: value for name, value in own.items()}
+    return result
+
+
+def full_pack(arguments: Any) -> dict[str, float]:
+    """The layers alone, forward and backward, on one pack of up to `--budget` tokens at two tokens a forward."""
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    decoder, mask_id = random_decoder(arguments.shape, arguments.layers, dtype, arguments.device), mask_id_of(arguments.shape)
+    many = argparse.Namespace(**{**vars(arguments), "responses": 64, "group": 64, "ragged": False})
+    documents: list[Document] = []
+    for index, response in enumerate(draw_responses(many, 2.0, mask_id)):
+        trace = trace_slices(response, TRAINING.block_size, TRAINING, None)
+        documents.append(build_document(index, response, trace, TRAINING.block_size))
+        number(documents)
+        if len(build_pack(documents, mask_id, share_prompts=True).input_ids) > arguments.budget:
+            documents.pop()
+            break
+    round_to = pack_multiple(arguments.budget, torch.device(arguments.device))
+    pack = build_pack(documents, mask_id, round_to, share_prompts=True).to(arguments.device)
+    result = {"pack_tokens": float(len(pack.input_ids) - pack.num_filler)}
+    flops = layer_flops(decoder.config, pack)
+
+    def run() -> None:
+        decoder.zero_grad(set_to_none=False)
+        attend = attention_backend(arguments.backend, pack.token_ids, dtype)
+        hidden = decoder(pack.input_ids, pack.positions, attend)
+        hidden.backward(hidden.detach())
+
+    for name, recompute in [("pack", False), ("pack_recompute", True)]:
         decoder.gradient_checkpointing = recompute
-        seconds, peak = measure(lambda: (decoder.zero_grad(set_to_none=False), packed.update()), arguments)
-        result[f"packed_{name}_seconds"], result[f"packed_{name}_peak_gib"] = seconds, peak
-        result[f"packed_{name}_mfu"] = packed.flops() / seconds / PEAK_FLOPS
-    decoder.gradient_checkpointing = False
-    result["packed_logprobs_seconds"], result["packed_logprobs_peak_gib"] = measure(packed.logprobs, arguments)
-    if arguments.compare:
-        seconds, peak = measure(lambda: (decoder.zero_grad(set_to_none=False), rows.update()), arguments)
-        old, _ = measure(rows.logprobs, arguments)
-        result |= {"reference_seconds": seconds, "reference_peak_gib": peak, "reference_old_logprobs_seconds": old}
-        result["speedup"] = (seconds + old) / result["packed_plain_seconds"]
-        result["speedup_without_old_logprobs"] = seconds / result["packed_plain_seconds"]
+        seconds, peak = measure(run, arguments)
+        result |= {f"{name}_seconds": seconds, f"{name}_peak_gib": peak, f"{name}_mfu": flops / seconds / PEAK_FLOPS}
+    with plain_torch():
+        decoder.gradient_checkpointing = False
+        result["pack_plain_torch_seconds"], result["pack_plain_torch_peak_gib"] = measure(run, arguments)
+    attend = attention_backend(arguments.backend, pack.token_ids, dtype)
+    c = decoder.config
+    shapes = [(heads, c.head_dim) for heads in (c.num_heads, c.num_kv_heads, c.num_kv_heads)]
+    heads = [torch.randn(len(pack.input_ids), *shape, device=arguments.device, dtype=dtype, requires_grad=True) for shape in shapes]
+
+    def attention() -> None:
+        out = attend(0, *heads)
+        torch.autograd.grad(out, heads, out.detach())
+
+    result["pack_attention_seconds"], _ = measure(attention, arguments)
+    return result
+
+
+def head(arguments: Any, num_predicted: int) -> dict[str, float]:
+    """Forward and backward of the vocabulary's part; GiB beyond its weights."""
+    c = SHAPES[arguments.shape]
+    dtype = torch.bfloat16 if arguments.device == "cuda" else torch.float32
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(num_predicted, c.hidden_size, generator=generator).to(arguments.device, dtype).requires_grad_()
+    weight = (0.02 * torch.randn(c.vocab_size, c.hidden_size, generator=generator)).to(arguments.device, dtype).requires_grad_()
+    targets = torch.randint(0, c.vocab_size - 1, (num_predicted,), generator=generator).to(arguments.device)
+    before = torch.cuda.memory_allocated() / 2**30 if arguments.device == "cuda" else 0.0
+
+    def run() -> None:
+        logprobs, _ = chunked_logprobs(hidden, weight, targets)
+        torch.autograd.grad(logprobs.sum(), [hidden, weight])
+
+    seconds, peak = measure(run, arguments)
+    result = {f"head_{num_predicted}_seconds": seconds, f"head_{num_predicted}_gib": max(0.0, peak - before)}
+    with plain_torch():
+        result[f"head_{num_predicted}_plain_torch_seconds"], _ = measure(run, arguments)
     return result
 
 
@@ -235,6 +349,7 @@ def main() -> None:
     parser.add_argument("--shape", default="sdar-8b")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--responses", type=int, default=16)
+    parser.add_argument("--group", type=int, default=16, help="responses of one prompt")
     parser.add_argument("--prompt", type=int, default=200)
     parser.add_argument("--response", type=int, default=1000, help="tokens; with --ragged the longest")
     parser.add_argument("--reveal", default="1,2", help="tokens per forward on average, several by commas")
@@ -246,15 +361,22 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-compare", dest="compare", action="store_false", help="leave the reference's way out")
+    parser.add_argument("--no-parts", dest="parts", action="store_false", help="leave the full pack and the head alone out")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
-    results = []
-    for reveal in map(float, arguments.reveal.split(",")):
-        equal = compare(arguments, reveal) if arguments.compare else {}
-        results.append({**equal, **benchmark(arguments, reveal)})
-        for key, value in results[-1].items():
+    results: list[dict[str, Any]] = []
+
+    def show(result: dict[str, Any]) -> None:
+        results.append(result)
+        for key, value in result.items():
             print(f"{key:38} {value:.4g}" if isinstance(value, float) else f"{key:38} {value}", flush=True)
         print()
+
+    if arguments.parts:
+        show({**full_pack(arguments), **head(arguments, 4000), **head(arguments, 16_000)})
+    for reveal in map(float, arguments.reveal.split(",")):
+        equal = compare(arguments, reveal) if arguments.compare else {}
+        show({**equal, **benchmark(arguments, reveal)})
     if arguments.out is not None:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
         arguments.out.write_text(json.dumps(results, indent=2) + "\n")

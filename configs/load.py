@@ -26,6 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 from common.errors import UserError
 from common.plugins import load_plugins
 from common.registry import did_you_mean
+from common.run_dir import CACHE
 from configs.checks import check, warn_once
 from configs.help import help_text
 from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation

@@ -10,8 +10,6 @@ Shapes: S slots, T positions of a slot, B block size; n active sequences, M mask
 
 from __future__ import annotations
 
-import time
-
 import torch
 from torch import Tensor
 
@@ -20,9 +18,9 @@ from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
 from sample import noise
-from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
+from sample.engine import Engine, Request, SamplingSettings, Statistics, make_rollout
 from sample.kv_cache import Items, KVCache, slots_that_fit
-from sample.queue import ListQueue, WorkQueue
+from sample.queue import WorkQueue
 from sample.registry import UNMASKING
 from sample.sampling import draw_rows
 from sample.unmask import Candidates, schedule
@@ -31,71 +29,34 @@ PREFILL_TOKENS = 16_384
 """Of one prefill forward, padding included."""
 
 
-class BlockEngine:
+class BlockEngine(Engine):
     """Samples from a block-diffusion decoder; keeps its cache between calls."""
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
-        check_family(family, max_active)
-        self.decoder = decoder
-        self.max_active = max_active
+        super().__init__(decoder, family, max_active)
+        check_family(family)
         self.cache: KVCache | None = None
-        self.statistics = Statistics()
 
-    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
-    @torch.no_grad()
-    def generate(
-        self,
-        requests: list[Request],
-        settings: SamplingSettings,
-        weights_version: int = 0,
-        progress: Progress | None = None,
-        queue: WorkQueue | None = None,
-    ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
-        started = time.perf_counter()
-        self.statistics = Statistics()
-        queue = queue or ListQueue(requests)
-        if queue.share == 0:
-            return []
-        num_slots = min(self.max_active, queue.share)
-        num_slots = min(num_slots, self._reserve(requests, settings, num_slots))
-        generation = Generation(self.decoder, self.cache, requests, settings, weights_version, num_slots, queue, self.statistics)
-        while generation.admit():
-            generation.step()
-            generation.retire()
-            self.statistics.seconds = time.perf_counter() - started
-            if progress is not None:
-                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
-        return [rollout for _, rollout in sorted(generation.rollouts.items())]
+    def begin(
+        self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
+    ) -> Generation:
+        """With a cache for the longest request, and for as many sequences as are wanted and fit."""
+        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
+        length = max(whole_length(request, n, settings) for request in requests for n in range(request.num_samples))
+        if self.cache is None or not self.cache.fits(config, num_slots, length, dtype, device):
+            self.release()
+            self.cache = KVCache(config, slots_that_fit(config, num_slots, length, dtype, device), length, dtype, device)
+        num_slots = min(num_slots, self.cache.num_slots)
+        return Generation(self.decoder, self.cache, requests, settings, weights_version, num_slots, queue, self.statistics)
 
     def release(self) -> None:
         self.cache = None
 
-    def _reserve(self, requests: list[Request], settings: SamplingSettings, wanted: int) -> int:
-        """Have a cache for the longest request, and for as many sequences as are wanted and fit: their number."""
-        config, device, dtype = self.decoder.config, self.decoder.device, self.decoder.dtype
-        check_prompts(requests, config.vocab_size)
-        length = max(whole_length(request, n, settings) for request in requests for n in range(request.num_samples))
-        if self.cache is None or not self.cache.fits(config, wanted, length, dtype, device):
-            self.release()
-            num_slots = slots_that_fit(config, wanted, length, dtype, device)
-            self.cache = KVCache(config, num_slots, length, dtype, device)
-        return self.cache.num_slots
 
-
-def check_family(family: Family, max_active: int) -> None:
+def check_family(family: Family) -> None:
     """Raises UserError where an engine of blocks cannot sample from the family."""
     if family.logit_shift != 0:
         raise UserError(f"model.model_base: {family.name} shifts its logits, block sampling needs a family that does not")
-    if max_active < 1:
-        raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
-
-
-def check_prompts(requests: list[Request], vocab_size: int) -> None:
-    """Raises UserError for a token id that the model does not have."""
-    for request in requests:
-        if not all(0 <= token < vocab_size for token in request.prompt_ids):
-            raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {vocab_size}")
 
 
 def whole_length(request: Request, sample: int, settings: SamplingSettings) -> int:
@@ -220,6 +181,13 @@ class Generation:
         if pairs:
             sources, targets = map(list, zip(*pairs))
             self.cache.copy(sources, targets, int(self.block_start[targets].max()))
+
+    def advance(self) -> None:
+        self.step()
+        self.retire()
+
+    def finish(self) -> None:
+        """Every sequence was recorded when it ended."""
 
     def step(self) -> None:
         """One forward of the model: items -> forward -> draw -> reveal -> advance."""

@@ -15,7 +15,6 @@ Shapes: S slots, T positions of a slot, B block size; n items of a forward, N ro
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import torch
 from torch import Tensor
@@ -27,9 +26,9 @@ from models.family import Family
 from sample import noise
 from sample.canvas_cache import Item, canvas_attention, canvases_that_fit, group_items
 from sample.canvas_schedule import SCHEDULES, blocks_of, steps_of
-from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
+from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.kv_cache import KVCache
-from sample.queue import ListQueue, WorkQueue
+from sample.queue import WorkQueue
 from sample.registry import UNMASKING
 from sample.sampling import Draws, draw_rows
 from sample.unmask import Candidates
@@ -174,6 +173,13 @@ class CanvasGeneration:
             chosen.append(item)
         return sorted(chosen, key=lambda item: (item.shape, item.slot))
 
+    def advance(self) -> None:
+        self.step()
+        self.retire()
+
+    def finish(self) -> None:
+        """Every sequence was recorded when it ended."""
+
     def step(self) -> None:
         """One forward of the model: items -> forward -> draw -> reveal -> advance."""
         items, device = self._next_items(), self.tokens.device
@@ -296,47 +302,23 @@ class CanvasGeneration:
         self.done = []
 
 
-class CanvasEngine:
+class CanvasEngine(Engine):
     """Samples from a full-attention decoder; keeps its cache between calls."""
 
     generation = CanvasGeneration
     """What one call runs."""
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
-        if max_active < 1:
-            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
-        self.decoder, self.family, self.max_active = decoder, family, max_active
+        super().__init__(decoder, family, max_active)
         self.cache: KVCache | None = None
         self.max_rows = 0  # of a forward, as the memory was when the cache was made
-        self.statistics = Statistics()
 
-    # no_grad, not inference mode: weights that are gathered inside (ZeRO-3) must stay usable for training.
-    @torch.no_grad()
-    def generate(
-        self,
-        requests: list[Request],
-        settings: SamplingSettings,
-        weights_version: int = 0,
-        progress: Progress | None = None,
-        queue: WorkQueue | None = None,
-    ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
-        started = time.perf_counter()
-        self.statistics = Statistics()
-        queue = queue or ListQueue(requests)
-        if queue.share == 0:
-            return []
+    def begin(
+        self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
+    ) -> CanvasGeneration:
         settings = dataclasses.replace(settings, top_p_first=self.family.top_p_first)
-        num_slots, length, max_rows = self._reserve(requests, settings, min(self.max_active, queue.share))
-        slots = (num_slots, length)
-        generation = self.generation(self, slots, max_rows, requests, settings, weights_version, queue)
-        while generation.admit():
-            generation.step()
-            generation.retire()
-            self.statistics.seconds = time.perf_counter() - started
-            if progress is not None:
-                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
-        return [rollout for _, rollout in sorted(generation.rollouts.items())]
+        num_slots, length, max_rows = self._reserve(requests, settings, num_slots)
+        return self.generation(self, (num_slots, length), max_rows, requests, settings, weights_version, queue)
 
     def release(self) -> None:
         self.cache = None
@@ -350,8 +332,6 @@ class CanvasEngine:
                 raise UserError(
                     f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
                 )
-            if not all(0 <= token < config.vocab_size for token in request.prompt_ids):
-                raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {config.vocab_size}")
         length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
         wanted = min(wanted, settings.batch_size or wanted)
         has_cache = settings.cache != "none"

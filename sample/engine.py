@@ -11,21 +11,24 @@ from __future__ import annotations
 
 import importlib.util
 import time
+from abc import ABC, abstractmethod
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Callable, Iterator, Literal, Protocol
+
+import torch
 
 from common.errors import UserError
 from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
+from sample.queue import ListQueue, WorkQueue
 from sample.registry import ENGINES, KERNEL_ENGINES, TARGETS, UNMASKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from models.checkpoint import Pretrained
-    from sample.queue import WorkQueue
 
 Progress = Callable[[int, int, int], None]
 """Called after every forward of the engine with (finished sequences, revealed tokens, denoising forwards of all sequences)."""
@@ -249,13 +252,34 @@ class Statistics:
         return self.sequence_forwards / self.engine_forwards if self.engine_forwards else 0.0
 
 
-class Engine(Protocol):
+class Generation(Protocol):
+    """One call of `generate`, as an engine does it."""
+
+    rollouts: dict[tuple[int, int], Rollout]
+    """What is finished, by (request, sample)."""
+
+    def admit(self) -> bool:
+        """Fill free slots with sequences from the queue. Returns whether any sequence is in flight."""
+
+    def advance(self) -> None:
+        """One forward of the model, and what it ended."""
+
+    def finish(self) -> None:
+        """Nothing is in flight any more: complete `rollouts`."""
+
+
+class Engine(ABC):
     """An attention kind's way to sample. It reads the decoder's own weights: an update of them is seen by the next call."""
 
-    decoder: Decoder
-    statistics: Statistics
-    """Of the last call of `generate`."""
+    def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
+        if max_active < 1:
+            raise UserError(f"rollout.max_active: got {max_active}, must be at least 1")
+        self.decoder, self.family, self.max_active = decoder, family, max_active
+        self.statistics = Statistics()
+        """Of the last call of `generate`."""
 
+    # no_grad, not inference mode: the weights are the trainer's, or are gathered inside (ZeRO-3) and used for training later.
+    @torch.no_grad()
     def generate(
         self,
         requests: list[Request],
@@ -270,9 +294,38 @@ class Engine(Protocol):
         has at most `queue.share` sequences in flight, calls `queue.take(room)` whenever it has room, and is done when that says
         None and nothing is in flight. The result holds what it was handed. `Request.limit` is how long a response may be.
         """
+        started = time.perf_counter()
+        self.statistics = statistics = Statistics()
+        queue = queue or ListQueue(requests)
+        if queue.share == 0:
+            return []
+        check_prompts(requests, self.decoder.config.vocab_size)
+        generation = self.begin(requests, settings, weights_version, queue, min(self.max_active, queue.share))
+        while generation.admit():
+            generation.advance()
+            statistics.seconds = time.perf_counter() - started
+            if progress is not None:
+                progress(statistics.sequences, statistics.tokens, statistics.sequence_forwards)
+        generation.finish()
+        statistics.seconds = time.perf_counter() - started
+        return [rollout for _, rollout in sorted(generation.rollouts.items())]
 
+    @abstractmethod
+    def begin(
+        self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
+    ) -> Generation:
+        """Have the memory that the call needs, with at most `num_slots` sequences in flight."""
+
+    @abstractmethod
     def release(self) -> None:
         """Free the cache; the next `generate` takes it back."""
+
+
+def check_prompts(requests: list[Request], vocab_size: int) -> None:
+    """Raises UserError for a token id that the model does not have."""
+    for request in requests:
+        if not all(0 <= token < vocab_size for token in request.prompt_ids):
+            raise UserError(f"prompt of task {request.task_id}: token ids must be below the vocabulary's {vocab_size}")
 
 
 def build_engine(decoder: Decoder, family: Family, max_active: int = 256, engine: str = "auto") -> Engine:

@@ -16,7 +16,6 @@ Shapes: S slots, B block size, n items of a forward.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections import deque
 from typing import Any
 
@@ -29,10 +28,10 @@ from common.records import Rollout
 from models.decoder import Decoder
 from models.family import Family
 from sample import pages
-from sample.block import check_family, check_prompts, whole_length
+from sample.block import check_family, whole_length
 from sample.capacity import Demand, item_bucket, most_head_rows
 from sample.cuda_graphs import CudaGraphs
-from sample.engine import Progress, Request, SamplingSettings, Statistics, make_rollout
+from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.fused_forward import fused_forward
 from sample.kernels.item_attention import item_attention
 from sample.kernels.matmul import head_logits
@@ -43,7 +42,7 @@ from sample.kernels.sampler import draw_rows, kernel_target
 from sample.paged_cache import PagedCache, to_device
 from sample.paged_state import DeviceState, StateSizes
 from sample.pages import PAGE, Pages, PromptPages, pages_of
-from sample.queue import ListQueue, Unit, WorkQueue
+from sample.queue import Unit, WorkQueue
 from sample.slots import DONE, RAN, STALLED, Plan
 
 PREFILL_TOKENS = 16_384
@@ -52,13 +51,14 @@ SORT_EVERY = 32
 """Steps after which the items are put in order of length again, should nothing else have changed."""
 
 
-class PagedBlockEngine:
+class PagedBlockEngine(Engine):
     """Samples from a block-diffusion decoder; keeps cache, state and graphs between calls."""
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256, cache_pages: int | None = None) -> None:
         """cache_pages: of the cache at most, also where memory has place for more."""
-        check_family(family, max_active)
-        self.decoder, self.max_active, self.cache_pages = decoder, max_active, cache_pages
+        super().__init__(decoder, family, max_active)
+        check_family(family)
+        self.cache_pages = cache_pages
         self.cache: PagedCache | None = None
         self.device_state: DeviceState | None = None
         self.graphs: CudaGraphs | None = None
@@ -66,36 +66,12 @@ class PagedBlockEngine:
         """Addresses of the weights that the graphs hold."""
         self.num_pages = 0
         """Pages that the call may use, page 0 included."""
-        self.statistics = Statistics()
 
-    # no_grad, not inference mode: the decoder's weights are the trainer's.
-    @torch.no_grad()
-    def generate(
-        self,
-        requests: list[Request],
-        settings: SamplingSettings,
-        weights_version: int = 0,
-        progress: Progress | None = None,
-        queue: WorkQueue | None = None,
-    ) -> list[Rollout]:
-        """Rollouts in the order of requests, then of samples; with a `queue`, those that it gave to this engine."""
-        started = time.perf_counter()
-        self.statistics = Statistics()
-        queue = queue or ListQueue(requests)
-        if queue.share == 0:
-            return []
-        check_prompts(requests, self.decoder.config.vocab_size)
-        self._reserve(requests, settings, min(self.max_active, queue.share))
-        generation = Generation(self, requests, settings, weights_version, queue)
-        while generation.admit():
-            generation.launch()
-            generation.read()
-            self.statistics.seconds = time.perf_counter() - started
-            if progress is not None:
-                progress(self.statistics.sequences, self.statistics.tokens, self.statistics.sequence_forwards)
-        rollouts = generation.finish()
-        self.statistics.seconds = time.perf_counter() - started
-        return rollouts
+    def begin(
+        self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
+    ) -> Generation:
+        self._reserve(requests, settings, num_slots)
+        return Generation(self, requests, settings, weights_version, queue)
 
     def release(self) -> None:
         if self.cache is not None:
@@ -283,6 +259,10 @@ class Generation:
 
     # -- steps
 
+    def advance(self) -> None:
+        self.launch()
+        self.read()
+
     def launch(self) -> None:
         """Queue one step: graph, then the copy of its status."""
         active = len(self.occupant) - len(self.free_slots)
@@ -400,9 +380,7 @@ class Generation:
             self.free_rows.append(row)
         self.finished = []
 
-    def finish(self) -> list[Rollout]:
-        """All rollouts, when nothing is in flight."""
+    def finish(self) -> None:
         if self.finished:
             self._collect()
         assert self.pages.num_free == self.pages.num_usable, "a page was lost"
-        return [rollout for _, rollout in sorted(self.rollouts.items())]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from common import dist
+from models.attention import TILE
 from models.checkpoint import Pretrained
 from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
@@ -19,6 +20,11 @@ from train.packing import Document, Pack, assign, build_pack
 
 PACK_SIZES = 8
 """On CUDA packs are filled up to one of this many sizes, so that kernels are compiled for few of them."""
+
+
+def pack_multiple(budget: int, device: torch.device) -> int:
+    """What packs of at most `budget` tokens are filled up to a multiple of."""
+    return max(TILE, budget // PACK_SIZES) if device.type == "cuda" else 1
 
 
 @dataclass
@@ -117,7 +123,7 @@ class Trainer:
         # A dense mask, as on a CPU, holds all pairs of tokens of a group: there sharing costs more than it saves.
         shares = {"auto": on_gpu, "always": True, "never": False}[self.config.training.shared_prompts]
         own = assign(documents, budget, self.accelerator.num_processes, shares)[self.accelerator.process_index]
-        round_to = max(128, budget // PACK_SIZES) if on_gpu else 1
+        round_to = pack_multiple(budget, self.accelerator.device)
         return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares))
 
     @torch.no_grad()

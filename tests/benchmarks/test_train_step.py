@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments(**changes):
-    defaults = dict(shape="tiny", layers=2, responses=3, prompt=8, response=24, ragged=False, budget=200, reference_rows=2)
+    defaults = dict(shape="tiny", layers=2, responses=3, group=2, prompt=8, response=24, ragged=False, budget=200, reference_rows=2)
     return argparse.Namespace(**{**defaults, "backend": "dense", "device": "cpu", "seed": 0, **changes})
 
 
@@ -47,7 +47,9 @@ def test_what_is_counted():
     linears = [m.weight.numel() for m in decoder.layers.modules() if isinstance(m, torch.nn.Linear)]
     assert matmul_parameters(SHAPES["tiny"]) == sum(linears)
     assert all(visible_pairs(p) == int(dense_mask(p.token_ids).sum()) for p in packed.packs)
-    assert packed.num_tokens == sum(d.num_tokens for d in packed.documents)
+    assert packed.num_tokens == sum(d.num_tokens for d in packed.documents) - 8, "the first two share their prompt of eight"
+    unshared = Packed(decoder, responses, given, MASK_IDS["tiny"], share_prompts=False)
+    assert unshared.num_tokens == sum(d.num_tokens for d in packed.documents)
     assert rows.num_tokens == len(rows.rows) * (8 + 2 * 24)
     assert len(packed.predictions) == 3 * 24
 
@@ -66,7 +68,9 @@ def test_the_command(tmp_path):
         "--response",
         "16",
     ]
-    out = ["--prompt", "8", "--layers", "1", "--repeats", "1", "--reveal", "2", "--out", str(tmp_path / "r.json")]
+    out = ["--prompt", "8", "--layers", "2", "--repeats", "1", "--reveal", "2", "--out", str(tmp_path / "r.json")]
     result = subprocess.run([*command, *out], capture_output=True, text=True, cwd=ROOT)
     assert result.returncode == 0, result.stderr
-    assert "speedup_without_old_logprobs" in result.stdout and (tmp_path / "r.json").is_file()
+    for name in ("whole_speedup_without_old_logprobs", "pack_recompute_mfu", "head_16000_seconds"):
+        assert name in result.stdout
+    assert (tmp_path / "r.json").is_file()
