@@ -58,6 +58,9 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
             _stay_idle(place)
     for name in [STARTED_BY_MACHINE_0, *RANK_VARIABLES, *(name for name in os.environ if name.startswith("TORCHELASTIC_"))]:
         os.environ.pop(name, None)
+    if place.number == 1:
+        run(argv)
+        return
     link = join(place)
     try:
         if isinstance(link, Hub) and place.hosts and _launcher(job, argv, place) != "none":

@@ -24,6 +24,14 @@ def fenced(text: str, language: str = "") -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
 
 
+def expand(name: str) -> list[str]:
+    """As a shell does: sft_{a,b}.yaml is two names."""
+    found = re.search(r"\{([^{}]*)\}", name)
+    if found is None:
+        return [name]
+    return [one for part in found[1].split(",") for one in expand(name[: found.start()] + part + name[found.end() :])]
+
+
 def tree(text: str) -> list[str]:
     """The paths of README's file tree: a line without indent is a path, or a folder that the indented ones below are in."""
     paths, folder = [], ""
@@ -33,7 +41,7 @@ def tree(text: str) -> list[str]:
             folder = "" if not line.startswith(" ") else folder
             if not line.startswith(" ") and name.endswith("/"):
                 folder = name
-            paths.append(name if not line.startswith(" ") else folder + name)
+            paths += [one if not line.startswith(" ") else folder + one for one in expand(name)]
     return paths
 
 

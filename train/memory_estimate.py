@@ -45,9 +45,9 @@ TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
 PACK_SIZES = 8
 """As train/loop.py rounds packs up."""
-PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**28, 2**24, 20 * 2**26
-"""Of the engines (sample/pages.py, paged_block.py, paged_state.py, capacity.py, canvas_cache.py): the rooms do not import each other, a test
-holds them equal."""
+PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
+"""Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py. The rooms do not import each
+other; a test holds these equal."""
 
 
 # ------------------------------------------------------------------------------------------------------------ parameters

@@ -54,4 +54,4 @@ def test_summary_and_efficiency_by_hand():
     assert results[1]["step_efficiency"] == 1
     assert results[0]["step_efficiency"] == pytest.approx((720 / 4 / 2) / 100)
     assert results[0]["rollout_efficiency"] == pytest.approx((720 / 2 / 2) / 200)
-    assert results[0]["update_efficiency"] == pytest.approx((3 * 720 / 1 / 2) / 600)
+    assert results[0]["update_efficiency"] == pytest.approx((3 * 720 / 1 / 2) / 1200)

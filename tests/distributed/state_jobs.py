@@ -72,6 +72,13 @@ def write(modes: dict[str, tuple[str | None, str]], folder: str) -> dict[str, di
     return results
 
 
+def write_and_read(
+    written: dict[str, tuple[str | None, str]], read_into: dict[str, tuple[str, str | None, str]], folder: str
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Both, in processes that are started once."""
+    return write(written, folder), read(read_into, folder)
+
+
 def read(modes: dict[str, tuple[str, str | None, str]], folder: str) -> dict[str, dict[str, Any]]:
     """By name: the state that is read, and into what. The second rank is another machine's, which cannot see the folder."""
     from common.state import load_state

@@ -29,7 +29,7 @@ WRITTEN = {
 FLOAT32 = [name for name, (_, _, dtype) in WRITTEN.items() if dtype == "float32"]
 BFLOAT16 = [name for name in WRITTEN if name not in FLOAT32]
 READ = [
-    *((name, name) for name in WRITTEN),
+    *((name, name) for name in ("ddp", "zero2 bfloat16", "zero3")),
     ("one", "zero2"),
     ("ddp", "one"),
     ("zero1", "zero2 offload"),
@@ -40,7 +40,7 @@ READ = [
     ("zero2 bfloat16", "zero1 bfloat16"),
     ("zero3 bfloat16", "zero2 bfloat16"),
 ]
-"""Every mode into itself and into another; every one is read into by another."""
+"""Every mode is written and read; some into themselves, where the next step is the same to the bit."""
 
 
 @pytest.fixture(scope="module")
@@ -48,27 +48,34 @@ def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("states")
 
 
-@pytest.fixture(scope="module")
-def written(folder) -> dict[str, dict[str, Any]]:
-    """By mode what each rank found (the first one's, where they are alike)."""
-    result = {"one": [state_jobs.write({"one": (None, "float32")}, str(folder))["one"]]}
-    modes = {name: arguments for name, (ranks, *arguments) in WRITTEN.items() if ranks == 2}
-    of_ranks = run_on_ranks("tests.distributed.state_jobs:write", 2, {"modes": modes, "folder": str(folder)})
-    return result | {name: [of_rank[name] for of_rank in of_ranks] for name in modes}
+Found = dict[Any, list[dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def read(folder, written) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    results = {}
-    for ranks in (1, 2):
-        pairs = [(source, target) for source, target in READ if WRITTEN[target][0] == ranks]
-        modes = {f"{s}|{t}": (s, *WRITTEN[t][1:]) for s, t in pairs}
-        if ranks == 1:
-            of_ranks = [state_jobs.read(modes, str(folder))]
-        else:
-            of_ranks = run_on_ranks("tests.distributed.state_jobs:read", 2, {"modes": modes, "folder": str(folder)})
-        results |= {(s, t): [of_rank[f"{s}|{t}"] for of_rank in of_ranks] for s, t in pairs}
-    return results
+def found(folder) -> tuple[Found, Found]:
+    """What each rank found: in what it wrote, by mode, and in what it read, by (state, mode)."""
+    alone = state_jobs.write({"one": (None, "float32")}, str(folder))
+    written: Found = {"one": [alone["one"]]}
+    of_two = {name: arguments for name, (ranks, *arguments) in WRITTEN.items() if ranks == 2}
+    into_two = {f"{s}|{t}": (s, *WRITTEN[t][1:]) for s, t in READ if WRITTEN[t][0] == 2}
+    arguments = {"written": of_two, "read_into": into_two, "folder": str(folder)}
+    of_ranks = run_on_ranks("tests.distributed.state_jobs:write_and_read", 2, arguments)
+    written |= {name: [by_mode[name] for by_mode, _ in of_ranks] for name in of_two}
+    read: Found = {tuple(name.split("|")): [by_pair[name] for _, by_pair in of_ranks] for name in into_two}
+    for source, target in READ:
+        if WRITTEN[target][0] == 1:
+            read[source, target] = [state_jobs.read({"it": (source, *WRITTEN[target][1:])}, str(folder))["it"]]
+    return written, read
+
+
+@pytest.fixture(scope="module")
+def written(found) -> Found:
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def read(found) -> Found:
+    return found[1]
 
 
 def assert_same_bits(first: dict[str, Any], second: dict[str, Any]) -> None:

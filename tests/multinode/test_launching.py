@@ -65,7 +65,7 @@ names = ["WORLD_SIZE", "LOCAL_WORLD_SIZE", "LOCAL_RANK", "GROUP_RANK", "MASTER_A
     assert "2 machines, 2 processes on each" in machines[0].output
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_a_rank_that_fails_ends_all_and_is_named_everywhere(start, who):
     machines = start(WAIT + f"if rank == {who}: raise RuntimeError('the loss is not a number')\n" + SLEEP)
     assert finish(machines) == [1, 1]
@@ -104,7 +104,7 @@ def test_a_users_mistake_in_the_ranks_is_one_line(start):
     assert end(machines[0]) == end(machines[1]) == ["error: training.eps: got -1, must be positive"]
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_a_launcher_that_is_killed_is_a_lost_machine(start, who):
     machines = start(WAIT + SLEEP)
     machines[0].wait_for(lambda: all(machine.ranks() for machine in machines))
@@ -128,7 +128,7 @@ def test_a_machine_that_falls_silent_is_lost(start):
     assert finish(machines)[1] == 1
 
 
-@pytest.mark.parametrize("who", [0, 1])
+@pytest.mark.parametrize("who", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ctrl_c_reaches_every_rank_once_and_is_waited_for(start, who, tmp_path):
     body = """
 count = []
@@ -147,10 +147,9 @@ time.sleep(0.4)  # a checkpoint is written
     assert [(tmp_path / f"count_{rank}").read_text() for rank in range(2)] == ["1", "1"]
 
 
-def test_ctrl_c_says_how_to_go_on(start):
-    machines = start(WAIT + SLEEP)
-    machines[0].wait_for(lambda: all(machine.ranks() for machine in machines))
-    time.sleep(0.3)
+def test_ctrl_c_says_how_to_go_on(start, tmp_path):
+    machines = start(WAIT + "mark('waited')\n" + SLEEP)
+    machines[0].wait_for(lambda: all((tmp_path / f"waited_{rank}").exists() for rank in range(2)))
     os.kill(machines[0].process.pid, signal.SIGINT)
     assert finish(machines) == [130, 130]
     assert end(machines[0])[-1] == "interrupted; start the same command again to go on"
@@ -246,6 +245,12 @@ def test_a_port_scanner_is_no_machine(start, tmp_path):
         other = Machine(tmp_path / "machine_1", machine.process.args[1:], {**place, "NODE_RANK": "1"})
         assert finish([machine, other]) == [0, 0]
     assert sorted(path.name for path in tmp_path.glob("ran_*")) == ["ran_0", "ran_1"]
+
+
+def test_one_machine_alone_needs_no_others(start, tmp_path):
+    (machine,) = start(RUN, "experiment.num_node=1", number=1)
+    assert finish([machine]) == [0]
+    assert (tmp_path / "ran_-1").exists(), "a process of its own was started"
 
 
 def test_the_number_of_machines_must_be_the_configs(start):

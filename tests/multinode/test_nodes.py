@@ -9,6 +9,7 @@ import pytest
 
 from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError
+from common.launch import needs_launch
 from common.nodes import find_place, first_host
 from common.nodes_link import Wire
 from common.nodes_start import interface_of, passed_environment
@@ -79,7 +80,8 @@ def test_the_first_of_a_list_of_slurm(nodelist, expected):
 
 
 def test_what_the_other_machines_get(monkeypatch):
-    for name, value in {"HTTP_PROXY": "p", "NCCL_DEBUG": "INFO", "HF_TOKEN": "secret", "MINE_1": "x", "NCCL_SOCKET_IFNAME": "e"}.items():
+    here = {"HTTP_PROXY": "p", "NCCL_DEBUG": "INFO", "HF_TOKEN": "secret", "MINE_1": "x", "NCCL_SOCKET_IFNAME": "e"}
+    for name, value in here.items():
         monkeypatch.setenv(name, value)
     passed = passed_environment([])
     assert passed["HTTP_PROXY"] == "p" and passed["NCCL_DEBUG"] == "INFO"
@@ -111,7 +113,8 @@ def test_lines_come_whole_however_they_are_cut():
 def test_there_is_a_file_for_every_size(machines, stage):
     file = read_deepspeed_file(f"{machines}_node_8_gpus_deepspeed_zero{stage}")
     assert (file.num_machines, file.num_processes, file.zero_stage) == (machines, 8 * machines, stage)
-    load_config("rl", ["config=configs/rl_trado.yaml", f"experiment.num_node={machines}", f"experiment.deepspeed_file={file.path.stem}"])
+    of_machines = [f"experiment.num_node={machines}", f"experiment.deepspeed_file={file.path.stem}"]
+    load_config("rl", ["config=configs/rl_trado.yaml", *of_machines])
 
 
 def test_a_file_for_another_number_of_machines():
@@ -119,6 +122,14 @@ def test_a_file_for_another_number_of_machines():
         load_config("rl", ["config=configs/multinode_rl_trado.yaml", "experiment.deepspeed_file=4_node_8_gpus_deepspeed_zero3"])
     with pytest.raises(UserError, match="which is for 1 machine, but experiment.num_node is 2"):
         load_config("rl", ["config=configs/rl_trado.yaml", "experiment.num_node=2"])
+
+
+def test_a_command_for_one_machine_says_what_is_for_several(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION"):
+        monkeypatch.delenv(name, raising=False)
+    config = load_config("rl", ["config=configs/multinode_rl_trado.yaml"])
+    with pytest.raises(UserError, match="experiment.num_node: got 2, but this command is for one machine: start multinode_rl.py"):
+        needs_launch(config)
 
 
 # ---- files of the reference -----------------------------------------------------------------------------------------------------
