@@ -27,6 +27,7 @@ import torch
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, matmul_parameters, random_decoder
 from benchmarks.train_step import PEAK_FLOPS, measure
 from train.layout import Layout
+from train.loop import pack_multiple
 from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
 from train.packing import Document, assign, build_pack, number
 from train.policy import Policy
@@ -65,7 +66,7 @@ class Update:
         self.weights = torch.as_tensor(weights, dtype=torch.float32, device=arguments.device)
         self.advantages = torch.linspace(-1, 1, arguments.responses)[torch.as_tensor(predictions.response)].to(arguments.device)
         [packs] = assign(documents, arguments.budget, 1)
-        round_to = max(128, arguments.budget // 8) if arguments.device.type == "cuda" else 1
+        round_to = pack_multiple(arguments.device)
         self.packs = [build_pack(p, mask_id, round_to, family.logit_shift).to(arguments.device) for p in packs]
         self.num_predictions = len(predictions)
 

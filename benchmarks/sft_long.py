@@ -16,7 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Iterator
@@ -25,9 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import MASK_ID, MASK_IDS, SHAPES, matmul_parameters, random_decoder
-from models.attention import TokenIds, attention_backend
+from models.attention import attention_backend
 from models.decoder import Decoder
 from models.family import DecoderConfig
+from train.loop import pack_multiple
 from train.methods.semi_ar import semi_ar_slices
 from train.methods.tracerl import trace_slices
 from train.objectives import token_weights
@@ -96,7 +97,7 @@ class Update:
         self.num_predictions = len(predictions)
         self.weights = torch.as_tensor(token_weights(predictions, "token", length, length), dtype=torch.float32)
         budget = arguments.budget or -(-document.num_tokens // 1024) * 1024
-        round_to = max(128, budget // 8) if arguments.budget and self.device == "cuda" else 128 if self.device == "cuda" else 1
+        round_to = pack_multiple(torch.device(self.device))
         self.packs = [build_pack(pack, mask_id, round_to) for pack in assign([document], budget, 1)[0]]
         self.num_tokens = document.num_tokens
         self.longest_pack = max(len(pack.input_ids) for pack in self.packs)
@@ -114,7 +115,7 @@ class Update:
         return meter
 
     def part(self, pack: Pack, meter: Meter) -> None:
-        attention_backend(self.arguments.backend, TokenIds(**vars(pack.token_ids)))  # the mask alone, to see its own peak
+        attention_backend(self.arguments.backend, replace(pack.token_ids))  # the mask alone, to see its own peak
         meter.phase("mask")
         logprobs = self.policy(pack)[0]
         loss = -(self.weights.to(self.device)[pack.prediction.clamp(min=0)] * logprobs * (pack.prediction >= 0)).sum()

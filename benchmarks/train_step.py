@@ -90,7 +90,7 @@ class Packed:
         self.weights = torch.as_tensor(token_weights(self.predictions, "reference", longest, longest), dtype=torch.float32)
         self.advantages = torch.linspace(-1, 1, len(responses))[torch.as_tensor(self.predictions.response)]
         [packs] = assign(self.documents, arguments.budget, 1, share_prompts)
-        round_to = pack_multiple(arguments.budget, torch.device(arguments.device))
+        round_to = pack_multiple(torch.device(arguments.device))
         self.packs = [build_pack(p, mask_id, round_to, share_prompts=share_prompts).to(arguments.device) for p in packs]
         self.weights, self.advantages = self.weights.to(arguments.device), self.advantages.to(arguments.device)
 
@@ -290,7 +290,7 @@ def full_pack(arguments: Any) -> dict[str, float]:
         if len(build_pack(documents, mask_id, share_prompts=True).input_ids) > arguments.budget:
             documents.pop()
             break
-    round_to = pack_multiple(arguments.budget, torch.device(arguments.device))
+    round_to = pack_multiple(torch.device(arguments.device))
     pack = build_pack(documents, mask_id, round_to, share_prompts=True).to(arguments.device)
     result = {"pack_tokens": float(len(pack.input_ids) - pack.num_filler)}
     flops = layer_flops(decoder.config, pack)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import re
 import sys
+import traceback
 from pathlib import Path
 from typing import Callable, NoReturn
 
@@ -50,13 +52,51 @@ def is_disk_full(error: BaseException | None) -> bool:
     return False
 
 
+ROOT = Path(__file__).resolve().parents[1]
+MEMORY_ADVICE = {
+    "train": "lower training.max_tokens_per_microbatch (or training.head_chunk), recompute activations "
+    "(training.gradient_checkpointing_enable), or share more: ZeRO-3, training.lora, more GPUs",
+    "sample": "lower rollout.max_active or rollout.max_token",
+    "": "share more (ZeRO-3, training.lora, more GPUs), or lower training.max_tokens_per_microbatch and rollout.max_active",
+}
+"""By the room that ran out of memory."""
+
+
+def memory_is_full(error: BaseException | None) -> str | None:
+    """One line that says where the memory of the GPU (or the machine) was used up and what to change; None for any other error."""
+    while error is not None:
+        text, kinds = str(error), {kind.__name__ for kind in type(error).__mro__}
+        on_host = "MemoryError" in kinds or "DefaultCPUAllocator" in text
+        on_gpu = "OutOfMemoryError" in kinds or (
+            "RuntimeError" in kinds and ("out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
+        )
+        if on_gpu or on_host:
+            break
+        error = error.__cause__ or error.__context__
+    else:
+        return None
+    room, place = "", ""
+    for frame, number in traceback.walk_tb(error.__traceback__):  # the innermost of ours comes last
+        path = Path(frame.f_code.co_filename)
+        if path.is_relative_to(ROOT) and not path.relative_to(ROOT).parts[0].startswith("."):
+            own = path.relative_to(ROOT)
+            room, place = own.parts[0] if own.parts[0] in MEMORY_ADVICE else room, f" in {own}, line {number}"
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text)
+    return (
+        f"the {'GPU' if on_gpu else 'machine'}'s memory is full{place}{f' ({asked[1]} more were wanted)' if asked else ''}: "
+        f"{MEMORY_ADVICE[room]}; python -m train.memory_estimate says what takes how much. Started again the run goes on from its "
+        "last state (with other settings: experiment.start_from_scratch=false)"
+    )
+
+
 def warn(message: str) -> None:
     """Print one line that the user should see; the run goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
-    """Decorate a program's `main`: a mistake or a full disk becomes one line on stderr and exit code 2, Ctrl-C one line and 130."""
+    """Decorate a program's `main`: a mistake or a full disk becomes one line on stderr and exit code 2, full memory one line and 1,
+    Ctrl-C one line and 130."""
 
     @functools.wraps(main)
     def wrapped(*args, **kwargs) -> None:
@@ -73,6 +113,11 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
             if is_disk_full(error):
                 where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""
                 fail(UserError(f"the disk is full{where}: free some space and start again, the run goes on from its last state"))
+            full = memory_is_full(error)
+            if full is not None:
+                if not leave_cause(full):
+                    print(f"error: {full}", file=sys.stderr, flush=True)
+                sys.exit(1)
             leave_cause(f"{type(error).__name__}: {error}")
             raise
 

@@ -159,7 +159,7 @@ def remote_commands(
         arguments += [f"--launcher_args=-l {system.ssh_user}"]
     runner = PDSHRunner(parse_args([*arguments, str(Path(script).resolve()), *argv]), encode_world_info(hosts))
     # The remote shell reads what follows; pdsh reads % before it.
-    runner.user_script = f"--log_level=error {shlex.quote(str(Path(script).resolve()))}"
+    runner.user_script = f"--log_level=critical {shlex.quote(str(Path(script).resolve()))}"
     runner.user_arguments = [shlex.quote(argument).replace("%", "%%") for argument in argv]
     runner.exports = {name: shlex.quote(os.environ[name]) for name in EXPORTED if name in os.environ}
     runner.exports[STARTED_BY_MACHINE_0] = f"{place.address}:{place.port}"

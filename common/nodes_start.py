@@ -21,7 +21,8 @@ from common.errors import ERROR_FILE, UserError, entry_point
 from common.launch import already_launched, die_with_parent, free_port
 from common.nodes import STARTED_BY_MACHINE_0, Place, find_place
 from common.nodes_check import difference, machine_report
-from common.nodes_link import Hub, Left, Link, Spoke, join
+from common.nodes_hub import Hub
+from common.nodes_link import Left, Link, Spoke
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -61,7 +62,7 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
     if place.number == 1:
         run(argv)
         return
-    link = join(place)
+    link = Hub(place) if place.index == 0 else Spoke(place)
     try:
         if isinstance(link, Hub) and place.hosts and _launcher(job, argv, place) != "none":
             _start_others(link, job, argv)
@@ -72,12 +73,16 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
         link.leave(code, line)
     except UserError as error:
         code, line = 2, f"error: {error}"
+        if not place.started_by_machine_0:
+            print(line, file=sys.stderr, flush=True)
         link.leave(code, line)
+        sys.exit(code)
     except KeyboardInterrupt:
         link.leave(130, "interrupted; start the same command again to go on")
         raise
     except SystemExit as end:  # the ranks have ended, or a preparation has failed
-        link.leave(end.code if isinstance(end.code, int) else 1)
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        link.leave(code, None if code == 0 else "error: has ended before the start: see its output")
         raise
     except Exception as error:
         link.leave(1, f"error: {type(error).__name__}: {error}")

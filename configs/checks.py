@@ -44,7 +44,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         training.lora.alpha
         optimizer.params.epsilon
         """
-        + _of_decoding("block_size denoising_steps_per_block max_token steps batch_size max_active pad_target_penalty"),
+        + _of_decoding("block_size denoising_steps_per_block max_token steps max_active pad_target_penalty"),
     ),
     (
         "0 or more",
@@ -159,12 +159,12 @@ def _check_registries(config: Config, job: str) -> None:
             _registered(OBJECTIVES, config.training.objective, "training.objective")
         method, family = METHODS.get(config.training.method), FAMILIES.get(config.model.model_base)
         if not method.fits(job):
-            fitting = [name for name in METHODS if METHODS.get(name).fits(job)]
+            fitting = [name for name in METHODS if METHODS.get(name).fits(job) and _predicts_as(METHODS.get(name), family)]
             raise UserError(
                 f"training.method: got {config.training.method!r}, which is a method of {method.stage}, "
                 f"must be one of {', '.join(fitting)}"
             )
-        if method.trace == "next_token" and family.logit_shift != 1:
+        if not _predicts_as(method, family):
             raise UserError(
                 f"training.method: got {config.training.method!r}, which trains a token at the position before it, but "
                 f"{config.model.model_base} predicts it at its own: choose random_masking or semi-ar"
@@ -177,6 +177,11 @@ def _check_registries(config: Config, job: str) -> None:
                 f"training.method={config.training.method} with a judge and a value model: tokens that no mask predicts take their "
                 "rewards out of the returns; TraceRL leaves none out"
             )
+
+
+def _predicts_as(method: Any, family: Any) -> bool:
+    """Whether the family predicts tokens where the method trains them."""
+    return method.trace != "next_token" or family.logit_shift == 1
 
 
 def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> None:
@@ -206,9 +211,10 @@ def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> 
         )
     for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
         if is_asked and not is_sampled:
+            width = "max_gen_length" if attention == "full" else "block_size"
             raise UserError(
                 f"training.{key}: got {getattr(t, key)!r}, which needs the log-probs of sampling, but training.method="
-                f"{t.method}, shrink={t.shrink}, block_size={t.block_size} trains other slices than were sampled: leave it out"
+                f"{t.method}, shrink={t.shrink}, {width}={getattr(t, width)} trains other slices than were sampled: leave it out"
             )
 
 
@@ -269,7 +275,6 @@ ONLY_FULL = {
     "cache": None,
     "further_horizon": None,
     "stop_early": False,
-    "batch_size": None,
     "alg_temp": 0.0,
     "pad_target_penalty": 1.0,
 }
@@ -286,7 +291,7 @@ def _check_blocks(section: str, d: Any) -> None:
 
 def _check_canvas(section: str, d: Any) -> None:
     if not d.use_cache and d.cache_kind != "none":
-        raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: they are one setting")
+        raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: give only one of them")
     if d.further_horizon is not None and d.cache_kind == "none":
         warn_once(
             f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"

@@ -39,6 +39,8 @@ UNUSED = {
     "evaluation.tensor_parallel_size": "every process holds an engine of its own",
     "rollout.output_unmasking_history": "step maps are always kept",
     "evaluation.output_unmasking_history": "step maps are always kept",
+    "rollout.batch_size": "max_active says how many canvases are in flight, where the memory does not",
+    "evaluation.batch_size": "max_active says how many canvases are in flight, where the memory does not",
     "evaluation.num_task_per_step": "all tasks are evaluated",
     "optimizer.params.scale_lr": "the learning rate is taken as given",
 }

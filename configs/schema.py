@@ -169,8 +169,6 @@ class Decoding:
     all (prefix; null: they reach to the end), or is seen as it was (dual; null: 0)."""
     stop_early: bool = False
     """Full attention: skip whole blocks behind the first stop token."""
-    batch_size: int | None = None
-    """Full attention: canvases in flight per process, at most, beside max_active; null: as many as fit into the memory."""
     max_active: int = 256
     """Sequences in flight per process, at most (fewer where the memory is short); RL evaluates with rollout.max_active."""
     alg_temp: float = 0.0

@@ -146,8 +146,8 @@ TUNED = {
 
 
 def kernel_options(q: Tensor) -> dict[str, int] | None:
-    """`TUNED` for what it was measured on; None: the library chooses."""
-    is_measured = q.dtype == torch.bfloat16 and q.shape[-1] == 128 and q.is_cuda
+    """`TUNED` for what it was measured on, q [N, H, K]; None: the library chooses."""
+    is_measured = q.is_cuda and q.dtype == torch.bfloat16 and q.shape[-1] == 128 and len(q) >= 1024
     return TUNED if is_measured and torch.cuda.get_device_capability(q.device) == (9, 0) else None
 
 
@@ -166,16 +166,28 @@ def tile_pairs(ids: TokenIds) -> Tensor:
     return torch.cat(counts)
 
 
-def block_mask(ids: TokenIds) -> Any:
+def padded_length(n: int) -> int:
+    """At least n, of few sizes: multiples of an eighth of the power of two that is not below n."""
+    multiple = max(TILE, (1 << (n - 1).bit_length()) // 8)
+    return -(-n // multiple) * multiple
+
+
+def block_mask(ids: TokenIds, length: int | None = None) -> Any:
     """FlexAttention's mask: which tiles are empty, partly and wholly visible, and the formula for those in between.
 
-    Made from the ids directly: nothing is compiled (torch's compiled create_block_mask takes half a minute the first time).
+    length: of the mask, if it is to be longer than the row: in whole tiles, all of them empty. It is made from the ids directly and
+    compiles nothing (torch's compiled create_block_mask takes half a minute the first time).
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    document, block, slices = ids.document.int(), ids.block.int(), ids.slice.int()
-    # A copy: for two ids that are one tensor another kernel would be compiled.
-    prefix = document.clone() if ids.prefix is None else ids.prefix.int()
+    pairs, n = tile_pairs(ids), len(ids.document)
+    length = n if length is None else length
+    num_empty = -(-length // TILE) - len(pairs)
+    assert num_empty == 0 or n % TILE == 0, f"{n} tokens leave a tile half empty"
+    pairs = F.pad(pairs, (0, num_empty, 0, num_empty))
+    # -1: no document. A copy of the documents: for two ids that are one tensor another kernel would be compiled.
+    document, block, slices = (F.pad(x.int(), (0, length - n), value=-1) for x in (ids.document, ids.block, ids.slice))
+    prefix = document.clone() if ids.prefix is None else F.pad(ids.prefix.int(), (0, length - n), value=-1)
 
     def visible(batch, head, q, k):
         return allowed(document[q], prefix[q], block[q], slices[q], document[k], block[k], slices[k])
@@ -185,21 +197,28 @@ def block_mask(ids: TokenIds) -> Any:
         order = tiles.int().argsort(dim=1, descending=True, stable=True)
         return tiles.sum(1, dtype=torch.int32)[None, None], order.int()[None, None].contiguous()
 
-    pairs, n = tile_pairs(ids), len(document)
     is_full = pairs == TILE**2
     partial, full = ordered((pairs > 0) & ~is_full), ordered(is_full)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(n, n))
+    return BlockMask.from_kv_blocks(*partial, *full, BLOCK_SIZE=TILE, mask_mod=visible, seq_lengths=(length, length))
 
 
 def flex_attention(ids: TokenIds) -> Attend:
-    """FlexAttention: empty tiles of the mask cost nothing, and no [N, N] mask is held. CUDA only (no backward on CPU)."""
-    attention, mask = _compiled_flex(), block_mask(ids)
+    """FlexAttention: empty tiles of the mask cost nothing, and no [N, N] mask is held. CUDA only (no backward on CPU).
+
+    A row of whole tiles is filled up to one of few sizes for attention alone, which is compiled anew for each: to run the other
+    layers on that many tokens would cost more than the copies. The tiles of the filling are empty.
+    """
+    n = len(ids.document)
+    length = padded_length(n) if n % TILE == 0 else n
+    attention, mask = _compiled_flex(), block_mask(ids, length)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         options = kernel_options(q)
+        if length > n:
+            q, k, v = (F.pad(x, (0, 0, 0, 0, 0, length - n)) for x in (q, k, v))
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
-        return out[0].transpose(0, 1)
+        return out[0].transpose(0, 1)[:n]
 
     return attend
 

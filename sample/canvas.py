@@ -333,7 +333,6 @@ class CanvasEngine(Engine):
                     f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
                 )
         length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
-        wanted = min(wanted, settings.batch_size or wanted)
         has_cache = settings.cache != "none"
         if not has_cache or (self.cache is not None and not self.cache.fits(config, wanted, length, dtype, device)):
             self.release()

@@ -45,3 +45,14 @@ def dream(size: int, steps: int) -> list[int]:
 
 SCHEDULES: dict[str, Callable[[int, int], list[int]]] = {"even": even, "dream": dream}
 """By `Family.canvas_schedule`."""
+
+
+def counts_of(schedule: str, canvas: int, block_size: int, steps: int) -> list[list[int]]:
+    """By block and forward: how many tokens the schedule reveals of a response of `canvas` tokens in `steps` forwards."""
+    blocks = blocks_of(canvas, block_size)
+    return [SCHEDULES[schedule](size, share) for size, share in zip(blocks, steps_of(steps, len(blocks)), strict=True)]
+
+
+def count_at(counts: list[int], step: int) -> int:
+    """What forward `step` of a block reveals by its counts; a strategy that takes more forwards goes on as in the last."""
+    return counts[min(step, len(counts) - 1)]

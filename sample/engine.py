@@ -103,8 +103,6 @@ class SamplingSettings:
     as it was (dual). None: all of them (prefix), none (dual)."""
     stop_early: bool = False
     """Skip the blocks behind the first one with a stop token: they stay masks."""
-    batch_size: int | None = None
-    """Canvases in flight, at most; never changes a result. None: as many as fit into the memory."""
     alg_temp: float = 0.0
     """Draw the positions to reveal in proportion to exp(score / alg_temp), without replacement; 0: the best ones."""
     pad_target_penalty: float = 1.0
@@ -113,7 +111,7 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         least = {"max_tokens": 1, "block_size": 1, "temperature": 0, "top_k": 0, "entropy_bound": 0, "alg_temp": 0}
-        least |= {"steps_per_block": 1, "steps": 1, "batch_size": 1, "further_horizon": 0}
+        least |= {"steps_per_block": 1, "steps": 1, "further_horizon": 0}
         for name, bound in least.items():
             if getattr(self, name) is not None and getattr(self, name) < bound:
                 raise UserError(f"{name}: got {getattr(self, name)}, must be at least {bound}")
@@ -145,7 +143,6 @@ class SamplingSettings:
             cache=decoding.cache_kind,
             further_horizon=decoding.further_horizon,
             stop_early=decoding.stop_early,
-            batch_size=decoding.batch_size,
             alg_temp=decoding.alg_temp,
             pad_target_penalty=decoding.pad_target_penalty,
         )

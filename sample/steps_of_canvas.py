@@ -19,7 +19,7 @@ from models.attention import TokenIds, attention_backend
 from models.decoder import Decoder
 from models.family import Family
 from sample import noise
-from sample.canvas_schedule import SCHEDULES, blocks_of, steps_of
+from sample.canvas_schedule import blocks_of, count_at, counts_of
 from sample.engine import SamplingSettings
 from sample.registry import UNMASKING
 from sample.steps_of_text import Text, score_given
@@ -34,10 +34,9 @@ class _Canvas:
             raise UserError(f"text {text.id} has an empty prompt: a canvas begins behind one")
         self.ids = np.asarray([*text.prompt_ids, *text.response_ids], dtype=np.int64)
         self.prompt = self.start = len(text.prompt_ids)
-        self.blocks = blocks_of(len(text.response_ids), settings.block_size)
-        steps = steps_of(settings.steps or len(text.response_ids), len(self.blocks))
-        schedule = SCHEDULES[family.canvas_schedule]
-        self.counts = [schedule(size, number) for size, number in zip(self.blocks, steps, strict=True)]
+        length, size = len(text.response_ids), settings.block_size
+        self.blocks = blocks_of(length, size)
+        self.counts = counts_of(family.canvas_schedule, length, size, settings.steps or length)
         self.opens_with_first = family.first_token_from_refresh
         self.block = self.step = self.forwards = 0
         self.steps = np.zeros(len(self.ids), dtype=np.int64)
@@ -58,8 +57,7 @@ class _Canvas:
 
     @property
     def count(self) -> int:
-        counts = self.counts[self.block]
-        return counts[min(self.step, len(counts) - 1)]
+        return count_at(self.counts[self.block], self.step)
 
     def visible(self, mask_id: int) -> np.ndarray:
         """The canvas as the model sees it [P + L]."""

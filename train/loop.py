@@ -18,13 +18,10 @@ from train.offload import Offloaded
 from train.optim import build_optimizer, learning_rate
 from train.packing import Document, Pack, assign, build_pack
 
-PACK_SIZES = 8
-"""On CUDA packs are filled up to one of this many sizes, so that kernels are compiled for few of them."""
 
-
-def pack_multiple(budget: int, device: torch.device) -> int:
-    """What packs of at most `budget` tokens are filled up to a multiple of."""
-    return max(TILE, budget // PACK_SIZES) if device.type == "cuda" else 1
+def pack_multiple(device: torch.device) -> int:
+    """What packs are filled up to a multiple of: on CUDA whole tiles of the mask."""
+    return TILE if device.type == "cuda" else 1
 
 
 @dataclass
@@ -123,7 +120,7 @@ class Trainer:
         # A dense mask, as on a CPU, holds all pairs of tokens of a group: there sharing costs more than it saves.
         shares = {"auto": on_gpu, "always": True, "never": False}[self.config.training.shared_prompts]
         own = assign(documents, budget, self.accelerator.num_processes, shares)[self.accelerator.process_index]
-        round_to = pack_multiple(budget, self.accelerator.device)
+        round_to = pack_multiple(self.accelerator.device)
         return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares))
 
     @torch.no_grad()

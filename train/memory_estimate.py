@@ -25,6 +25,7 @@ With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). With
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import sys
 from dataclasses import dataclass
 from typing import Any, Iterator
@@ -43,7 +44,7 @@ NCCL = 1.5 * GIB
 """Buffers of the communication between GPUs."""
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
-PACK_SIZES = 8
+TILE = 128
 """As train/loop.py rounds packs up."""
 PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
 """Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py. The rooms do not import each
@@ -358,9 +359,9 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
         outs = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size + 2 * c.intermediate_size + c.hidden_size
         ins = 3 * c.hidden_size + c.num_heads * c.head_dim + 2 * c.hidden_size + c.intermediate_size
         yield "training.lora.rank=32", dataclasses.replace(s, adapter=32 * c.num_layers * (outs + ins))
-    for gpus in (2, 4, 8, 16, 32, 64):
+    for gpus, stage in itertools.product((2, 4, 8, 16, 32, 64), (2, 3)):
         if gpus > s.gpus:
-            yield f"{gpus} GPUs with ZeRO-3", dataclasses.replace(s, gpus=gpus, zero=3)
+            yield f"{gpus} GPUs with ZeRO-{stage}", dataclasses.replace(s, gpus=gpus, zero=stage)
 
 
 def check_fits(s: Setup, gpu_bytes: float) -> None:
@@ -399,7 +400,6 @@ def setup_of(
     budget, prompt, response = t.max_tokens_per_microbatch, t.max_prompt_len, t.max_gen_length
     if family.attention == "full":  # a row is never cut
         budget = max(budget, prompt + response) if job == "rl" else budget
-    step = max(128, budget // PACK_SIZES)
     s = Setup(
         shape=shape,
         itemsize=2 if bf16 else 4,
@@ -409,7 +409,7 @@ def setup_of(
         offload_weights=offload_weights,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
         moments=2 if config.optimizer.name == "adamw" else 0,
-        tokens=-(-budget // step) * step,
+        tokens=-(-budget // TILE) * TILE,
         predictions=budget // 2,
         head_chunk=t.head_chunk,
         recomputes=t.gradient_checkpointing_enable,

@@ -329,8 +329,8 @@ def build_pack(
     """Lay documents into one row. `round_to`: the row is filled up to a multiple of it, so that compiled kernels see few sizes.
 
     logit_shift: a token is predicted by the row so many positions before its own: of its slice, or of the clean text before it. At
-    position 0 there is none, and its own row predicts it, as in sampling. share_prompts: documents with the same `prefix` have one
-    clean copy of it, a document of its own before theirs.
+    position 0 there is none, and its own row predicts it, as Dream aligns its logits (sampling refuses an empty prompt).
+    share_prompts: documents with the same `prefix` have one clean copy of it, a document of its own before theirs.
 
     An empty list makes a row of filler with one prediction that counts nothing: a rank without data still joins every collective.
     """

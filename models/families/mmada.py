@@ -17,7 +17,12 @@ def config_json(c: DecoderConfig) -> dict[str, Any]:
 
 
 MMADA = dataclasses.replace(
-    llada.LLADA, name="mmada", model_types=("mmada",), config_json=config_json, chat_style="llama3-mmada"
+    llada.LLADA,
+    name="mmada",
+    model_types=("mmada",),
+    config_json=config_json,
+    chat_style="llama3-mmada",
+    num_tiny_codes=8,  # of 8,192
 )
 
 FAMILIES.register("mmada", MMADA)

@@ -38,9 +38,11 @@ CANVAS_MISTAKES = [
     (
         "rl",
         ["training.importance_cap=2", "training.num_updates_per_step=2", "training.max_gen_length=64"],
-        "training.importance_cap: got 2.0, which needs the log-probs of sampling",
+        "which needs the log-probs of sampling, but training.method=TraceRL, shrink=1, max_gen_length=64 trains other slices",
     ),
     ("sft", ["training.method=ar"], "got 'ar', which trains a token at the position before it, but llada"),
+    ("sft", ["training.method=DiPO"], "which is a method of rl, must be one of random_masking, semi-ar, trace"),
+    ("sft", ["training.method=DiPO", "model.model_base=dream"], "must be one of ar, random_masking, semi-ar, trace"),
     (
         "sft",
         ["training.method=ar", "model.model_base=dream", "training.complementary_mask=true"],

@@ -74,7 +74,7 @@ def test_rl_full_attention_with_value_model(load):
 def test_rl_full_attention(load, capsys):
     config = load("rl", RL_DREAM)
     r = config.rollout
-    assert config.model.model_base == "dream" and (r.max_token, r.steps, r.block_size, r.batch_size) == (512, 512, 4, 1)
+    assert config.model.model_base == "dream" and (r.max_token, r.steps, r.block_size) == (512, 512, 4)
     assert (r.use_cache, r.cache, r.further_horizon, r.stop_early) == (True, None, 32, False)
     assert (r.target, r.alg_temp, r.pad_target_penalty, r.top_p, r.top_k) == ("margin_confidence", 0.0, 1.2, 1.0, 0)
     t = config.training
@@ -101,7 +101,7 @@ def test_other_methods_of_full_attention(load, method, objective):
 def test_eval_full_attention(load, capsys):
     config = load("eval", EVAL_MMADA)
     evaluation = config.evaluation
-    assert (evaluation.max_token, evaluation.steps, evaluation.batch_size, evaluation.temperature) == (256, 128, 2, 0.1)
+    assert (evaluation.max_token, evaluation.steps, evaluation.temperature) == (256, 128, 0.1)
     assert (evaluation.use_cache, evaluation.target, evaluation.top_p) == (False, "neg_entropy", 0.95)
     assert [(v.block_size, v.top_k, v.steps) for v in evaluation.variants()] == [(32, 40, 128), (64, 40, 128)]
     assert "evaluation.further_horizon=128 has no use: without a cache" in capsys.readouterr().err

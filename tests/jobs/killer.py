@@ -1,7 +1,10 @@
-"""A plugin of test_resume.py: kills its process, with no chance to clean up, at one place of one RL or SFT step.
+"""A plugin of test_resume.py and of distributed/test_faults.py: ends its process at one place of one RL or SFT step, by default
+with no chance to clean up.
 
     KILL_AT=update:3     the place, a name in PLACES, and the step
     KILL_MARKER=FILE     made at the kill; where it exists already nothing is killed
+    KILL_RANK=1          of several processes this one alone; left out: whichever comes first
+    KILL_BY=kill         by SIGKILL; raise: by an error; memory: by one that says that the GPU's memory is full
 
 Without KILL_AT it changes nothing. It also registers the rewards of those runs, which differ more than right and wrong do.
 """
@@ -65,10 +68,16 @@ def place(function: Callable[[], None]) -> Callable[[], None]:
 
 def kill_now(step: int | None = None) -> None:
     """The end, if this is the step."""
-    marker = Path(os.environ["KILL_MARKER"])
+    marker, how = Path(os.environ["KILL_MARKER"]), os.environ.get("KILL_BY", "kill")
+    if os.environ.get("KILL_RANK", "any") not in ("any", os.environ.get("RANK")):
+        return
     if (step_now if step is None else step) == int(STEP) and not marker.exists():
         marker.write_text(f"{PLACE} {STEP}")
-        os.kill(os.getpid(), signal.SIGKILL)
+        if how == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if how == "memory":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 139.80 GiB")
+        raise RuntimeError("this is the end")
 
 
 def patch(
@@ -157,7 +166,8 @@ def round_writing() -> None:
 
 @place
 def reward() -> None:
-    patch(DigitsReward, "score", before=True)
+    for kind in (DigitsReward, RemainderReward):
+        patch(kind, "score", before=True)
 
 
 @place

@@ -11,17 +11,21 @@ from pathlib import Path
 from typing import Any, Callable
 
 import pytest
+import torch
 
 from common.metrics import read_metrics, steps_of_blocks
 from common.records import read_rollouts
 from data.prepare_sft import main as prepare_sft
+from models.checkpoint import load_pretrained
+from models.registry import FAMILIES
+from models.tiny import build_tiny, tiny_tokenizer
 from sample.trace_viewer import main as trace_viewer
 from tests.distributed.harness import ROOT
 from tests.jobs.fork_server import ForkServer
 from tests.jobs.test_methods import SAMPLED, SHORT, arguments, check_rise, rate_after
 
-FAMILIES = ["dream", "llada"]
-"""The tiny MMaDA is the tiny LLaDA under another name: text needs no image codes. It is run by `test_tracerl` alone."""
+TRAINED = ["dream", "llada"]
+"""MMaDA in text is LLaDA with a larger vocabulary: `test_tracerl` and `test_image_codes_are_neither_written_nor_learnt` run it."""
 QUICK = "dream"
 """Logits shifted by one, a first token of its own in every block, biases: what differs most from the block models."""
 EXACT_GAP = 1e-4
@@ -125,7 +129,7 @@ METHODS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("method", METHODS)
 def test_other_ways_to_learn(method: str, family: str, train: Train, rate_before: Any):
     _, rows = train(family, METHODS[method])
@@ -141,7 +145,7 @@ def test_other_ways_to_learn(method: str, family: str, train: Train, rate_before
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 def test_with_value(family: str, train: Train, start_model: Any, rate_before: Any):
     changes = {"model.value_base_model": start_model(family), "optimizer.params.value_learning_rate": 2e-3}
     project, rows = train(family, changes)
@@ -152,7 +156,7 @@ def test_with_value(family: str, train: Train, start_model: Any, rate_before: An
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("method", ["TraceRL", "random_masking", "coupled"])
 def test_the_whole_run(method: str, family: str, train: Train, rate_before: Any):
     whole = {"experiment.total_step": 320, "experiment.eval_every": 160}
@@ -161,7 +165,7 @@ def test_the_whole_run(method: str, family: str, train: Train, rate_before: Any)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TRAINED)
 @pytest.mark.parametrize("method", ["semi-ar", "random_masking"])
 @pytest.mark.parametrize("masks", ["independent", "complementary"])
 def test_finetuning(masks: str, method: str, family: str, server: ForkServer, tmp_path: Path):
@@ -214,6 +218,35 @@ def test_next_token_finetuning(server: ForkServer, tmp_path: Path):
     assert nll[-1] < 0.3
 
 
+def test_image_codes_are_neither_written_nor_learnt(server: ForkServer, tmp_path: Path):
+    """MMaDA's vocabulary is larger than its tokenizer. From random weights a code would be every fourth token or so that is drawn,
+    were the codes not left out; and their rows of embedding and head move in no update."""
+    tokenizer, start = tiny_tokenizer(), build_tiny(FAMILIES.get("mmada"), seed=10086)
+    first_code = len(tokenizer)
+    assert start.decoder.config.vocab_size > first_code
+    changes = {
+        "model.pretrained_model": "tiny-random",
+        "model.prepare_config": "null",
+        "experiment.plugins": "[tests/jobs/killer.py]",
+        "dataset.data_type": "remainder",  # a reward of any text
+        "experiment.total_step": 2,
+        "rollout.num_task_per_step": 4,
+        "rollout.num_response_per_task": 4,
+        "evaluation.if_eval": "false",
+        "optimizer.params.weight_decay": 0,
+    }
+    project = tmp_path / "run"
+    job = server.run("rl.py", arguments("rl_tiny_mmada", project, changes))
+    assert job.code == 0, job.err
+    assert all(row["gap/logprob_max"] < EXACT_GAP and row["train/gradient_norm"] > 0 for row in read_metrics(project))
+    rollouts = [r for step in (1, 2) for r in read_rollouts(project / "rollouts" / f"step_{step:06d}.jsonl")]
+    assert {token for r in rollouts for token in r.response_ids} <= {*range(first_code)} - {start.mask_id}
+    end = load_pretrained(str(project / "ckpt" / "optimized"), "mmada", torch.float32)
+    for before, after in [(m.weight for m in pair) for pair in zip(*((m.decoder.embed, m.decoder.lm_head) for m in (start, end)))]:
+        assert torch.equal(before[first_code:], after[first_code:])
+        assert not torch.equal(before[:first_code], after[:first_code])
+
+
 # ---- evaluation, pages
 
 
@@ -224,7 +257,7 @@ def test_evaluation_of_blocks_and_caches(server: ForkServer, start_model: Any, r
     at_4, at_8 = evaluate(server, QUICK, model, project, **changes)
     assert at_4["accuracy"] == rate_before(QUICK) and at_8["tokens_per_forward"] > at_4["tokens_per_forward"]
     assert [r["settings"]["block_size"] for r in (at_4, at_8)] == [4, 8]
-    again, stopped = tmp_path / "again", {"evaluation.batch_size": 7, "evaluation.stop_early": "true"}
+    again, stopped = tmp_path / "again", {"evaluation.max_active": 7, "evaluation.stop_early": "true"}
     (few,) = evaluate(server, QUICK, model, again, **stopped)
     assert few["accuracy"] == at_4["accuracy"] and few["mean_length"] == at_4["mean_length"]
     file = f"tiny_sort_test.{SAMPLED}"

@@ -21,6 +21,7 @@ from models.attention import (
     dense_mask,
     flex_attention,
     masked_attention,
+    padded_length,
     tile_pairs,
     varlen_attention,
 )
@@ -112,6 +113,30 @@ def test_another_pack_of_one_size_compiles_nothing(monkeypatch):
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["shared", "canvases"])
+def test_attention_runs_at_few_sizes(monkeypatch, kind):
+    """A row of nine tiles is filled up to ten for attention alone; the tiles of the filling are empty."""
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    sizes = []
+
+    def recorded(q, k, v, block_mask, **options):
+        sizes.append(q.shape[2])
+        counts = block_mask.kv_num_blocks[0, 0] + block_mask.full_kv_num_blocks[0, 0]
+        assert (counts[:9] > 0).all() and not counts[9:].any()
+        return flex(q, k, v, block_mask=block_mask, **options)
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: recorded)
+    ids = first_tokens(random_ids(num_documents=130, seed=4, kind=kind), 9 * TILE)
+    q, k, v = (torch.randn(9 * TILE, heads, 16) for heads in (4, 2, 2))
+    out = flex_attention(ids)(0, q, k, v)
+    assert out.shape == q.shape and (out - dense_attention(ids)(0, q, k, v)).abs().max() < 1e-5
+    assert sizes == [10 * TILE]
+    few = {padded_length(n) for n in range(TILE, 16 * TILE * 8 + 1, TILE)}
+    assert padded_length(12_845 // TILE * TILE) == 14_336 and padded_length(16_384) == 16_384 and padded_length(TILE) == TILE
+    assert all(n <= padded_length(n) < 1.25 * n for n in range(TILE, 16 * TILE * 8 + 1, TILE)) and len(few) == 8 + 4 * 4
+
+
 def test_which_backend_is_chosen():
     whole, blocks = random_ids(kind="canvases"), random_ids(kind="blocks")
     assert whole.whole is not None and blocks.whole is None
@@ -189,6 +214,20 @@ def test_flex_sees_what_the_formula_allows():
     q, k, v = (torch.randn(n, heads, 64, device="cuda") for heads in (4, 2, 2))
     dense = masked_attention(dense_mask(ids))(0, q, k, v)
     assert (flex_attention(ids)(0, q, k, v) - dense).abs().max() < 1e-4
+
+
+@needs_gpu
+def test_a_filled_up_row_on_a_gpu():
+    """Gradients too: the tiles of the filling see nothing."""
+    ids = first_tokens(random_ids(num_documents=130, seed=4, kind="shared").to("cuda"), 9 * TILE)
+    results = []
+    for backend in ("dense", "flex"):
+        generator = torch.Generator().manual_seed(0)
+        drawn = [torch.randn(9 * TILE, heads, 64, generator=generator).cuda().requires_grad_() for heads in (4, 2, 2)]
+        out = attention_backend(backend, ids)(0, *drawn)
+        results.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, 64, device="cuda")).sum(), drawn)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() < 1e-4
 
 
 @needs_gpu

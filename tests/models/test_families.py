@@ -79,10 +79,12 @@ def test_what_is_written_is_read_back_bit_for_bit(name, changes, tmp_path):
 
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_family_has_a_tiny_model(name):
-    """Of the same size and vocabulary, whatever the keys: so that the tiny tasks are the same for all."""
+    """Of the same size and tokenizer, whatever the keys: so that the tiny tasks are the same for all. MMaDA has image codes too."""
     model = load_pretrained("tiny-random", name, torch.float32, seed=3)
     c = model.decoder.config
-    assert (c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads, c.vocab_size) == (64, 2, 4, 2, 28)
+    assert (c.hidden_size, c.num_layers, c.num_heads, c.num_kv_heads) == (64, 2, 4, 2)
+    assert len(model.tokenizer) == 28 and c.vocab_size == (36 if name == "mmada" else 28)
+    assert model.forbidden_ids == list(range(27, c.vocab_size)), "the mask and the codes"
     assert (model.mask_id, model.eos_ids, model.fill_id) == (27, [26], 25)
     assert model.config["model_type"] in model.family.model_types
     assert model.family.config_block_size(model.config) == (4 if model.family.attention == "block" else None)

@@ -156,9 +156,10 @@ class Job:
         return self.folder / ("machine_0" if way == "loopback" else "alpha") / "run"
 
     def on_other_machine(self, way: str) -> list[str]:
-        """What machine 1 has written."""
+        """What machine 1 has written, beside what it has compiled."""
         folder = self.folder / ("machine_1" if way == "loopback" else "beta")
-        return sorted(path.name for path in folder.iterdir() if path.name != "log") if folder.is_dir() else []
+        files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()] if folder.is_dir() else []
+        return sorted(str(file) for file in files if file.parts[0] != "log" and file.parts[:2] != ("run", "cache"))
 
 
 @pytest.fixture
@@ -306,4 +307,4 @@ def test_accelerate_launches_finetuning(data: Path, tmp_path: Path):
     one_host = Machine(tmp_path / "one_host", command, {})
     finish([one_host])
     assert_equal(left(tmp_path / "machine_0" / "run"), left(tmp_path / "one_host" / "run"))
-    assert [path.name for path in (tmp_path / "machine_1").iterdir()] == ["log"]
+    assert [path for path in (tmp_path / "machine_1").rglob("*.*") if path.is_file()] == []

@@ -139,7 +139,7 @@ def test_constants_of_the_other_rooms():
     assert memory_estimate.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
     assert memory_estimate.LOGITS == capacity.LOGITS
     assert memory_estimate.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
-    assert memory_estimate.PACK_SIZES == loop.PACK_SIZES
+    assert memory_estimate.TILE == loop.TILE
 
 
 # ---- by hand
