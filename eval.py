@@ -22,6 +22,7 @@ from common.launch import launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
 from common.run_dir import RunDir, write_text
+from configs.checks import warn_once
 from configs.load import load_config, to_yaml
 from data.tasks import load_tasks
 
@@ -158,6 +159,11 @@ class Evaluator:
 
         k = self.config.evaluation.num_response_per_task
         requests, too_long = PromptBuilder(self.config, decoding, self.model)(self.tasks, k)
+        if too_long:
+            warn_once(
+                f"{len(too_long)} of {len(self.tasks)} evaluation tasks have a prompt longer than training.max_prompt_len="
+                f"{self.config.training.max_prompt_len}: they are not sampled and count as not solved"
+            )
         settings = sampling_settings(decoding, self.model, self.config.training.seed)
         start = time.perf_counter()
         title = f"evaluation: {name}"

@@ -46,12 +46,13 @@ def overrides(arguments: argparse.Namespace, num_ranks: int) -> list[str]:
     file = f"1_node_{num_ranks}_gpus_deepspeed_zero{zero}"
     return [
         "config=configs/rl_tiny.yaml",
-        "experiment.project=unused",
+        "experiment.project=runs/rl_step",  # nothing is written there but what is compiled
         f"experiment.deepspeed_file={file}",
         "model.prepare_config=null",
         f"training.mixed_precision={'bf16' if arguments.device == 'cuda' else 'no'}",
         "training.gradient_checkpointing_enable=true",
         f"training.max_tokens_per_microbatch={arguments.budget}",
+        f"training.fused_kernels={arguments.fused}",
         f"training.max_prompt_len={arguments.prompt}",
         f"rollout.max_token={arguments.response}",
         f"rollout.max_active={arguments.active}",
@@ -188,8 +189,9 @@ class Step:
         return value
 
     def estimate(self) -> dict[str, float]:
-        """GiB that train/memory_estimate.py says torch will count; of the rollout without the cache, which torch does not see."""
-        from train.memory_estimate import estimate, setup_of
+        """GiB that train/memory_items.py says torch will count; of the rollout without the cache, which torch does not see."""
+        from train.memory_estimate import setup_of
+        from train.memory_items import estimate
 
         ranks = self.accelerator.num_processes
         items = estimate(setup_of(self.config, "rl", self.family, self.shape, ranks, 1e15))
@@ -212,6 +214,7 @@ def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: P
         "scaling": scaling,
         "gpus": num_ranks,
         "zero": arguments.zero if num_ranks > 1 else min(arguments.zero, 1),
+        "fused_kernels": arguments.fused,
         "responses": num_tasks * arguments.samples,
         **summarize(steps),
         "estimated_gib": step.estimate(),
@@ -289,6 +292,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--reveal", type=int, default=2, help="tokens a forward")
     parser.add_argument("--active", type=int, default=128, help="sequences in flight, of each GPU")
     parser.add_argument("--budget", type=int, default=16_384, help="tokens of a pack")
+    parser.add_argument("--fused", action="store_true", help="training.fused_kernels")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before the clock runs")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])

@@ -32,7 +32,7 @@ from benchmarks.shapes import SHAPES, mask_id_of, matmul_parameters, random_deco
 from models.attention import attention_backend, tile_pairs
 from models.decoder import Decoder
 from models.family import DecoderConfig
-from models.kernels.launch import plain_torch
+from models.kernels.launch import fused_kernels, set_fused
 from train.logprobs import chunked_logprobs
 from train.loop import pack_multiple
 from train.methods.tracerl import trace_slices
@@ -186,9 +186,10 @@ def compare(arguments: Any, reveal: float) -> dict[str, float]:
     packed, rows = Packed(decoder, responses, small, mask_id), Rows(decoder, responses, small, mask_id)
     packed.policy.forbidden = None  # the reference keeps the mask id in the softmax
     results = []
-    for way in (packed, rows):
+    for way, how in ((packed, fused_kernels(True)), (rows, fused_kernels(False))):
         decoder.zero_grad()
-        results.append((way.update(), gradients(decoder)))
+        with how:
+            results.append((way.update(), gradients(decoder)))
     (loss, ours), (reference_loss, theirs) = results
     error = max(float((ours[n] - theirs[n]).abs().max() / theirs[n].abs().max()) for n in theirs)
     return {"loss": loss, "reference_loss": reference_loss, "gradient_error": error}
@@ -232,7 +233,7 @@ def times(arguments: Any, reveal: float, layers: int) -> dict[str, Any]:
     timed("packed_recompute", update(packed), recompute=True)
     timed("unshared", update(unshared))
     timed("packed_logprobs", packed.logprobs)
-    with plain_torch():
+    with fused_kernels(False):
         timed("packed_plain_torch", update(packed))
         if arguments.compare:
             timed("reference", update(rows))
@@ -305,7 +306,7 @@ def full_pack(arguments: Any) -> dict[str, float]:
         decoder.gradient_checkpointing = recompute
         seconds, peak = measure(run, arguments)
         result |= {f"{name}_seconds": seconds, f"{name}_peak_gib": peak, f"{name}_mfu": flops / seconds / PEAK_FLOPS}
-    with plain_torch():
+    with fused_kernels(False):
         decoder.gradient_checkpointing = False
         result["pack_plain_torch_seconds"], result["pack_plain_torch_peak_gib"] = measure(run, arguments)
     attend = attention_backend(arguments.backend, pack.token_ids, dtype)
@@ -337,7 +338,7 @@ def head(arguments: Any, num_predicted: int) -> dict[str, float]:
 
     seconds, peak = measure(run, arguments)
     result = {f"head_{num_predicted}_seconds": seconds, f"head_{num_predicted}_gib": max(0.0, peak - before)}
-    with plain_torch():
+    with fused_kernels(False):
         result[f"head_{num_predicted}_plain_torch_seconds"], _ = measure(run, arguments)
     return result
 
@@ -364,6 +365,7 @@ def main() -> None:
     parser.add_argument("--no-parts", dest="parts", action="store_false", help="leave the full pack and the head alone out")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args()
+    set_fused(True)
     results: list[dict[str, Any]] = []
 
     def show(result: dict[str, Any]) -> None:

@@ -15,6 +15,10 @@ ERROR_FILE = "UNMASK_ERROR_FILE"
 """Environment variable: where a rank leaves the cause of its end for the launcher, which tells it once (common/launch.py)."""
 
 
+INTERRUPTED, INTERRUPTED_CODE = "interrupted; start the same command again to go on", 130
+"""What Ctrl-C ends a program with."""
+
+
 class UserError(ValueError):
     """A mistake that the user can mend: what is wrong, what was got, what to do, in one line."""
 
@@ -105,10 +109,9 @@ def entry_point(main: Callable[..., None]) -> Callable[..., None]:
         except UserError as error:
             fail(error)
         except KeyboardInterrupt:
-            line = "interrupted; start the same command again to go on"
-            if not leave_cause(line, exit_code=130):
-                print(line, file=sys.stderr, flush=True)
-            sys.exit(130)
+            if not leave_cause(INTERRUPTED, INTERRUPTED_CODE):
+                print(INTERRUPTED, file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED_CODE)
         except Exception as error:
             if is_disk_full(error):
                 where = f" while writing {error.filename}" if getattr(error, "filename", None) else ""

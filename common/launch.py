@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from common.deepspeed_files import read_deepspeed_file
-from common.errors import ERROR_FILE, UserError
+from common.errors import ERROR_FILE, INTERRUPTED, INTERRUPTED_CODE, UserError
 from common.nodes_link import HURRY, INTERRUPT, KILL, STOP, TERMINATE, Failure, Link
 
 if TYPE_CHECKING:
@@ -339,13 +339,14 @@ class _Ranks:
         file = self._cause_file(self.failed)
         left, _, cause = file.read_text(encoding="utf-8").partition(" ") if file.exists() else ("", "", "")
         if left:  # however the rank was ended then: this is what it wanted to end with
-            is_whole_line = int(left) in (2, 130)  # common/errors.py: a user's mistake, Ctrl-C
+            is_whole_line = int(left) in (2, INTERRUPTED_CODE)  # common/errors.py: a user's mistake, Ctrl-C
             line = cause if is_whole_line else f"error: {who} failed: {cause}"
             return int(left), Failure(2, time.time() - file.stat().st_mtime, int(left), line)
         code = codes[self.failed]
         exit_code = 128 - code if code < 0 else code
         if self.interrupted:
-            return exit_code, None
+            was_early = exit_code == INTERRUPTED_CODE  # before it could say so itself
+            return exit_code, Failure(2, time.time() - self.failed_at, exit_code, INTERRUPTED) if was_early else None
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         hint = " (out of memory? see dmesg)" if code == -signal.SIGKILL else ""
         # What torch aborts by itself (SIGABRT) may be because of another machine's end.

@@ -39,8 +39,10 @@ class Hub(Link):
 
     def __init__(self, place: Place) -> None:
         super().__init__(place)
+        self.summon: Callable[[], Remote] | None = None
+        """Starts the others, where they do not start by themselves; called when this machine is ready."""
         self.remote: Remote | None = None
-        """What has started the others, where they did not start by themselves."""
+        """What has started them."""
         self.machines: dict[int, _Machine] = {}
         self.failures: list[Failure] = []
         self.code = 0
@@ -74,6 +76,8 @@ class Hub(Link):
         environment: dict[str, str] | None = None,
     ) -> Go:
         """check: a machine's report -> what is wrong with it, or None. Raises UserError, naming the machine."""
+        if self.summon is not None:
+            self.remote = self.summon()
         others = range(1, self.place.number)
         deadline, told = time.monotonic() + timeout_seconds, time.monotonic() + 5.0
         while missing := [i for i in others if i not in self.machines or self.machines[i].report is None]:
@@ -247,7 +251,7 @@ class Hub(Link):
             cause = min(self.failures, key=lambda f: (f.order, f.age), default=None)
             code, line = (cause.code, cause.line) if cause is not None else (self.code, None)
         # Those that were started by hand or by Slurm may come a little later: they would knock at a closed door for minutes.
-        late = self.go is None and self.remote is None and not self.waited
+        late = self.go is None and self.summon is None and not self.waited
         deadline = time.monotonic() + (LATE_SECONDS if late else 0.0)
         told: set[int] = set()
         while True:

@@ -31,7 +31,9 @@ from common.nodes import Place
 
 BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 600.0
-"""How long another machine tries to reach machine 0."""
+"""How long another machine tries to reach machine 0, and ..."""
+SUMMONED_SECONDS = 10.0
+"""... how long where machine 0 has started it."""
 INTERRUPT, KILL, TERMINATE, STOP, HURRY = "interrupt", "kill", "terminate", "stop", "hurry"
 """What machines are told to do with their processes: a first Ctrl-C, a second one, SIGTERM, another one has failed, others have
 ended after Ctrl-C."""
@@ -203,10 +205,11 @@ class Link:
 class Spoke(Link):
     """Any other machine: knows machine 0 alone."""
 
-    def __init__(self, place: Place, timeout_seconds: float = CONNECT_SECONDS) -> None:
+    def __init__(self, place: Place) -> None:
         """Connects. Raises UserError where machine 0 cannot be reached in time."""
         super().__init__(place)
-        self.wire = Wire(_connect(place, timeout_seconds))
+        # One that machine 0 has started comes to an open door, or to a job that is over by now.
+        self.wire = Wire(_connect(place, SUMMONED_SECONDS if place.started_by_machine_0 else CONNECT_SECONDS))
         self.wire.send("name", index=place.index, number=place.number, host=socket.gethostname())
         self.verdict: tuple[int, str | None] | None = None
 

@@ -77,8 +77,9 @@ class Remote:
         for machines, process, lines in zip(self.of, self.processes, self.held):
             for machine in machines:
                 own = [line for line in lines if len(machines) == 1 or line.startswith(self.hosts[machine].encode() + b":")]
-                failed = process.poll() is not None or any(b"exited with exit code" in line for line in own)  # pdsh goes on
-                if failed:
+                # pdsh goes on while another machine's ssh does.
+                end = f"{self.hosts[machine]}: ssh exited with exit code".encode()
+                if process.poll() is not None or any(end in line for line in lines):
                     gone[machine] = self._why(machine, own, process.returncode)
         return gone
 

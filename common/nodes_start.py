@@ -17,7 +17,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Callable
 
-from common.errors import ERROR_FILE, UserError, entry_point
+from common.errors import ERROR_FILE, INTERRUPTED, INTERRUPTED_CODE, UserError, entry_point
 from common.launch import already_launched, die_with_parent, free_port
 from common.nodes import STARTED_BY_MACHINE_0, Place, find_place
 from common.nodes_check import difference, machine_report
@@ -25,6 +25,7 @@ from common.nodes_hub import Hub
 from common.nodes_link import Left, Link, Spoke
 
 if TYPE_CHECKING:
+    from common.nodes_remote import Remote
     from configs.schema import Config
 
 PASSED = (
@@ -65,7 +66,7 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
     link = Hub(place) if place.index == 0 else Spoke(place)
     try:
         if isinstance(link, Hub) and place.hosts and _launcher(job, argv, place) != "none":
-            _start_others(link, job, argv)
+            link.summon = lambda: _start_others(place, job, argv)
         run(argv, link)
         code, line = link.leave()  # it was over before it began
     except Left as left:
@@ -78,7 +79,7 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
         link.leave(code, line)
         sys.exit(code)
     except KeyboardInterrupt:
-        link.leave(130, "interrupted; start the same command again to go on")
+        link.leave(INTERRUPTED_CODE, INTERRUPTED)
         raise
     except SystemExit as end:  # the ranks have ended, or a preparation has failed
         code = end.code if isinstance(end.code, int) else int(end.code is not None)
@@ -163,11 +164,11 @@ def _launcher(job: str, argv: list[str], place: Place) -> str:
     return choose(read_config(job, argv).system.launcher)
 
 
-def _start_others(link: Hub, job: str, argv: list[str]) -> None:
+def _start_others(place: Place, job: str, argv: list[str]) -> Remote:
     from common.nodes_remote import Remote
     from configs.load import read_config
 
-    link.remote = Remote(link.place, read_config(job, argv).system, sys.argv[0], argv)
+    return Remote(place, read_config(job, argv).system, sys.argv[0], argv)
 
 
 def _stay_idle(place: Place) -> None:

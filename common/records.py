@@ -62,7 +62,7 @@ class Rollout:
 
     @property
     def block_origin(self) -> int:
-        """The position from which blocks are counted: 0, the prompt included (block attention), or the prompt's end (full attention).
+        """From where blocks are counted: 0, the prompt included (block attention), or the prompt's end (full attention).
 
         Responses are whole blocks, so their lengths tell the two apart; where the prompt is whole blocks too they are one.
         """

@@ -26,7 +26,7 @@ STATE_PREFIX = "step_"
 CACHE = "cache"
 """Filled by libraries, maybe before anything else is here."""
 STATE_FILE = "run.json"
-"""In a state's folder: the counters of the run, beside what accelerate writes."""
+"""In a state's folder: the counters of the run, beside what common/state.py writes."""
 
 
 class RunDir:

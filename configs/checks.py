@@ -256,6 +256,7 @@ def _check_decoding(config: Config, job: str) -> None:
         raise UserError(
             f"model.block_size: got {config.model.block_size}, but {config.model.model_base} is no block model: leave it out"
         )
+    unused: dict[str, None] = {}  # in order, each once
     for section, d in _decodings(config, job):
         _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
         _registered(TARGETS, d.target, f"{section}.target")
@@ -263,11 +264,11 @@ def _check_decoding(config: Config, job: str) -> None:
             _check_blocks(section, d)
         else:
             _check_canvas(section, d)
-        kind = f"{config.model.model_base} has block attention" if is_block else f"{config.model.model_base} has full attention"
         others = {**ONLY_FULL, "steps": d.max_token} if is_block else {"denoising_steps_per_block": d.block_size}
-        unused = [f"{section}.{name}" for name, default in others.items() if getattr(d, name) != default]
-        if unused:
-            warn_once(f"settings that have no use, as {kind}: {', '.join(unused)}")
+        unused |= dict.fromkeys(f"{section}.{name}" for name, default in others.items() if getattr(d, name) != default)
+    if unused:
+        kind = "block" if is_block else "full"
+        warn_once(f"settings that have no use, as {config.model.model_base} has {kind} attention: {', '.join(unused)}")
 
 
 ONLY_FULL = {

@@ -394,8 +394,10 @@ class Training:
     head_chunk: int = 2048
     """Rows of logits computed at a time."""
     attention_backend: Literal["auto", "dense", "flex"] = "auto"
-    """auto: on a GPU FlexAttention, and where packed documents need no mask (full attention, bf16) a variable-length kernel; dense
-    on CPU."""
+    """auto: FlexAttention on a GPU, dense on CPU."""
+    fused_kernels: bool = False
+    """On a GPU: norms, rotary positions, SwiGLU and the vocabulary's part of the update in Triton kernels, and bf16 canvases by
+    variable-length attention. Not run on a GPU so far, so not the default."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
     enable_tf32: bool = True

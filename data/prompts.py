@@ -54,7 +54,7 @@ CHATML = dict(turn="<|im_start|>{role}\n{text}<|im_end|>\n", answer="<|im_start|
 CHAT_STYLES.register("chatml", ChatStyle(**CHATML))
 CHAT_STYLES.register("chatml-system", ChatStyle(**CHATML, system=SYSTEM_LINE))
 CHAT_STYLES.register(
-    "llama3",
+    "llama3",  # what the template of LLaDA's published tokenizer renders
     ChatStyle(
         start="<|startoftext|>",
         turn="<|start_header_id|>{role}<|end_header_id|>\n\n{text}<|eot_id|>",

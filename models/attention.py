@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Attend
+from models.kernels.launch import fused_is_on
 
 TILE = 128
 """Tokens of a tile of FlexAttention's mask: those of 64 do not compile, those of 256 are slower."""
@@ -263,7 +264,8 @@ BACKENDS = {"dense": dense_attention, "flex": flex_attention, "varlen": varlen_a
 
 
 def attention_backend(name: str, ids: TokenIds, dtype: torch.dtype | None = None) -> Attend:
-    """`training.attention_backend`: auto is dense on a CPU; on CUDA varlen for documents that need no mask, else FlexAttention.
+    """`training.attention_backend`: auto is dense on a CPU, FlexAttention on CUDA; there, with `training.fused_kernels`, varlen for
+    documents that need no mask.
 
     dtype: of the queries, if known.
     """
@@ -275,5 +277,5 @@ def attention_backend(name: str, ids: TokenIds, dtype: torch.dtype | None = None
 def best_backend(ids: TokenIds, dtype: torch.dtype | None) -> str:
     if not ids.document.is_cuda:
         return "dense"
-    needs_no_mask = ids.whole is not None and dtype in (torch.bfloat16, torch.float16)
+    needs_no_mask = fused_is_on() and ids.whole is not None and dtype in (torch.bfloat16, torch.float16)
     return "varlen" if needs_no_mask and _varlen_function() is not None else "flex"

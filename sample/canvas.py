@@ -25,7 +25,7 @@ from models.decoder import Attend, Decoder
 from models.family import Family
 from sample import noise
 from sample.canvas_cache import Item, canvas_attention, canvases_that_fit, group_items
-from sample.canvas_schedule import SCHEDULES, blocks_of, steps_of
+from sample.canvas_schedule import blocks_of, count_at, counts_of
 from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.kv_cache import KVCache
 from sample.queue import WorkQueue
@@ -73,8 +73,7 @@ class Clock:
 
     @property
     def count(self) -> int:
-        counts = self.counts[self.block]
-        return counts[min(self.step, len(counts) - 1)]
+        return count_at(self.counts[self.block], self.step)
 
 
 class CanvasGeneration:
@@ -131,9 +130,8 @@ class CanvasGeneration:
             prompt, limit = len(request.prompt_ids), request.limit(sample, s)
             rows[row, :prompt] = torch.tensor(request.prompt_ids)
             keys.append(noise.sequence_key(s.seed, request.task_id, sample))
-            blocks = blocks_of(limit, s.block_size)
             steps = -(-(s.steps or s.max_tokens) * limit // s.max_tokens)  # a shorter canvas has its share of them
-            counts = [SCHEDULES[self.family.canvas_schedule](*b) for b in zip(blocks, steps_of(steps, len(blocks)), strict=True)]
+            blocks, counts = blocks_of(limit, s.block_size), counts_of(self.family.canvas_schedule, limit, s.block_size, steps)
             self.clocks[slot] = Clock(index, sample, prompt, blocks, counts, start=prompt)
             self._begin_block(slot)
         device = self.tokens.device

@@ -118,7 +118,8 @@ class Trainer:
         budget = self.config.training.max_tokens_per_microbatch
         on_gpu = self.accelerator.device.type == "cuda"
         # A dense mask, as on a CPU, holds all pairs of tokens of a group: there sharing costs more than it saves.
-        shares = {"auto": on_gpu, "always": True, "never": False}[self.config.training.shared_prompts]
+        saves = on_gpu and self.config.training.attention_backend != "dense"
+        shares = {"auto": saves, "always": True, "never": False}[self.config.training.shared_prompts]
         own = assign(documents, budget, self.accelerator.num_processes, shares)[self.accelerator.process_index]
         round_to = pack_multiple(self.accelerator.device)
         return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares))

@@ -76,7 +76,7 @@ def clipped(x: ObjectiveInput, training: Any) -> ObjectiveOutput:
         -sum w min(rho A, clip(rho, 1-eps, 1+eps_high) A) + beta sum w KL
 
     rho = exp(clamp(logp - logp_old, -10, 10)). With `importance_cap` c each token is weighted by min(pi_old / pi_engine, c): the
-    rollouts were drawn by the engine, whose numbers differ from the trainer's by rounding.
+    rollouts were drawn by the engine, whose numbers differ from the trainer's by rounding, or by an approximate cache.
     """
     log_ratio = (x.logprobs - x.old_logprobs).clamp(-CLAMP, CLAMP)
     ratio = log_ratio.exp()

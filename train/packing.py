@@ -237,7 +237,7 @@ def deal(
     loads = [0] * num_bins
     emptiest = [(0, i) for i in range(num_bins)]  # a heap; entries of bins that have grown since are passed over
     holders: dict[bytes, list[int]] = {}
-    share = min(max_tokens, -(-num_tokens // num_bins))
+    share = min(max_tokens, -(-num_tokens // max(1, num_bins)))
     for part, prefix in zip(parts, prefixes, strict=True):
         holding = holders.setdefault(prefix, []) if prefix is not None else []
         cost = part.num_tokens - prefix_length(prefix)

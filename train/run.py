@@ -20,6 +20,7 @@ from common.run_dir import STATE_FILE, RunDir
 from common.state import load_state, save_state
 from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_pretrained, save_pretrained
 from models.family import TINY_RANDOM
+from models.kernels.launch import set_fused
 from models.lora import merged_folder, prepare_for_training
 from train.memory_estimate import check_fits, read_shape, setup_of
 from train.memory_estimate import table as memory_table
@@ -50,6 +51,7 @@ class Run:
         self.accelerator = dist.make_accelerator(config)
         self.is_main = self.accelerator.is_main_process
         dist.set_numerics(config, self.accelerator.device)
+        set_fused(config.training.fused_kernels)
         if config.training.attention_backend == "flex" and self.accelerator.device.type != "cuda":
             raise UserError("training.attention_backend: got flex, which needs a GPU, and there is none: leave it at auto")
         set_seed(config.training.seed)  # nothing of ours draws from the global generators, but a plugin may

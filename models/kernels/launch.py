@@ -32,21 +32,32 @@ def use_kernel(tensor: Tensor) -> bool:
     return triton is not None and (tensor.is_cuda or INTERPRET)
 
 
-_plain = False
+_fused = False
 
 
 def use_fused(tensor: Tensor) -> bool:
-    """Whether the decoder and its head compute with fused kernels: on CUDA. In the interpreter the decoder stays the plain
-    reference that kernels are compared with."""
-    return triton is not None and tensor.is_cuda and not _plain
+    """Whether the decoder and its head compute with fused kernels: on CUDA, where `set_fused` said so. In the interpreter the
+    decoder stays the plain reference that kernels are compared with."""
+    return _fused and triton is not None and tensor.is_cuda
+
+
+def fused_is_on() -> bool:
+    """What `set_fused` said last."""
+    return _fused
+
+
+def set_fused(on: bool) -> bool:
+    """`training.fused_kernels`: from now on, in this process. Returns what was before."""
+    global _fused
+    before, _fused = _fused, on
+    return before
 
 
 @contextmanager
-def plain_torch() -> Iterator[None]:
-    """Inside, the decoder and its head run in plain torch on a GPU too (backwards of what was computed inside included)."""
-    global _plain
-    before, _plain = _plain, True
+def fused_kernels(on: bool) -> Iterator[None]:
+    """`set_fused`, inside (backwards of what was computed inside included)."""
+    before = set_fused(on)
     try:
         yield
     finally:
-        _plain = before
+        set_fused(before)

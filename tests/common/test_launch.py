@@ -203,6 +203,16 @@ main()
     assert err.splitlines()[1:] == ["interrupted; start the same command again to go on"]
 
 
+def test_ctrl_c_before_a_rank_can_say_so(tmp_path):
+    """While it still imports."""
+    process = start(tmp_path, "\nsignal.signal(signal.SIGINT, signal.SIG_DFL)\nmark('up')\ntime.sleep(60)\n")
+    for rank in range(2):
+        wait_for_file(tmp_path / f"up_{rank}")
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process)
+    assert code == 130 and err.splitlines()[1:] == ["interrupted; start the same command again to go on"]
+
+
 def test_a_second_ctrl_c_kills(tmp_path):
     body = """
 signal.signal(signal.SIGINT, lambda *_: mark("asked"))

@@ -77,7 +77,8 @@ def test_settings_of_the_other_attention_kind_are_said(load, capsys):
     load("rl", MINIMAL, "rollout.stop_early=true", "rollout.cache=dual", "evaluation.if_eval=false")
     assert "settings that have no use, as sdar has block attention: rollout.cache, rollout.stop_early" in capsys.readouterr().err
     load("rl", CANVAS, "rollout.denoising_steps_per_block=2")
-    assert "as llada has full attention: rollout.denoising_steps_per_block" in capsys.readouterr().err
+    unused = "rollout.denoising_steps_per_block, evaluation.denoising_steps_per_block"  # which follows it
+    assert f"as llada has full attention: {unused}\n" in capsys.readouterr().err
     load("rl", CANVAS, "rollout.use_cache=false", "rollout.further_horizon=32", "evaluation.further_horizon=null")
     assert "rollout.further_horizon=32 has no use: without a cache" in capsys.readouterr().err
 

@@ -349,6 +349,15 @@ def test_prompts_that_are_all_too_long_skip_the_step(place: Place, start: Any):
     assert [row["rollout/dropped_groups_prompt_too_long"] for row in rows] == [4, 4]
 
 
+def test_evaluation_says_once_how_many_prompts_are_too_long(place: Place, start: Any):
+    place.changes["training.max_prompt_len"] = 3
+    ended = start("eval", place)
+    assert ended.code == 0, ended.err
+    said = "warning: 6 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=3: they are not sampled and count as"
+    assert ended.error_lines == [f"{said} not solved"], "three decodings"
+    assert [result["accuracy"] for result in json.loads((place.project / "results" / "test.json").read_text())] == [0, 0, 0]
+
+
 def test_sft_with_prompts_that_are_all_too_long(place: Place, start: Any):
     place.changes["training.max_prompt_len"] = 3
     assert_refused(start, "sft", place, "every prompt is longer than training.max_prompt_len")

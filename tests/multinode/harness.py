@@ -45,6 +45,7 @@ class Machine:
     ) -> None:
         """prefix: before the command, to be somewhere else; mark: of a job that is on several machines."""
         self.folder, self.mark = folder, mark or uuid.uuid4().hex
+        self.process: subprocess.Popen | None = None
         folder.mkdir(parents=True, exist_ok=True)
         self.log = folder / "log"
         with open(self.log, "w") as log:
@@ -107,7 +108,8 @@ class Machine:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
-        self.process.wait()
+        if self.process is not None:
+            self.process.wait()
 
 
 def on_loopback(

@@ -66,7 +66,7 @@ class Hosts:
         self.connect()
 
     def remove(self) -> None:
-        for machine in self.machines:
+        for machine in [*self.machines, self.on_second()]:
             machine.kill()
         if self.sshd is not None:
             self.sshd.kill()
@@ -111,7 +111,7 @@ class Hosts:
     def on_second(self) -> Machine:
         """What runs on the second host without having been started there: to be asked for its processes."""
         machine = Machine.__new__(Machine)
-        machine.folder, machine.mark = self.folder / NAMES[1], f"{self.mark}1"
+        machine.folder, machine.mark, machine.process = self.folder / NAMES[1], f"{self.mark}1", None
         return machine
 
     # -- ssh

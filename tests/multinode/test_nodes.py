@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from common.errors import UserError
 from common.launch import needs_launch
 from common.nodes import find_place, first_host
 from common.nodes_link import Wire
+from common.nodes_remote import Remote
 from common.nodes_start import interface_of, passed_environment
 from configs.load import load_config
 
@@ -106,6 +108,16 @@ def test_lines_come_whole_however_they_are_cut():
     while reader.is_open:
         received += reader.receive()
     assert [(m["n"], m["text"]) for m in received] == [(n, "é" * n) for n in range(40)]
+
+
+def test_pdsh_goes_on_but_the_machine_that_it_does_not_reach_is_named():
+    remote = Remote.__new__(Remote)
+    remote.hosts, remote.of, remote._read = ("a", "b", "c"), [[1, 2]], lambda: None
+    remote.processes = [SimpleNamespace(poll=lambda: None, returncode=None)]
+    remote.held = [[b"b: [2026] [INFO] hello", b"c: ssh: connect to host c port 22: No route to host"]]
+    assert remote.absent() == {}
+    remote.held[0] += [b"pdsh@a: c: ssh exited with exit code 255"]
+    assert remote.absent() == {2: "cannot be started: ssh: connect to host c port 22: No route to host"}
 
 
 @pytest.mark.parametrize("machines", [1, 2, 4, 8, 16])

@@ -69,8 +69,7 @@ def test_an_end_leaves_nothing_behind(hosts, tmp_path, launcher, how):
     machine = hosts.start_by_ssh([small_job(tmp_path, body + SLEEP), *SMALL_SETTINGS, *settings])
     second = hosts.on_second()
     if not body:
-        machine.wait_for(lambda: machine.ranks() and second.ranks())
-        time.sleep(0.3)
+        machine.wait_for(lambda: all((tmp_path / f"up_{rank}").exists() for rank in range(2)))
     expected = {"a rank fails": 1, "Ctrl-C": 130, "SIGTERM": 143, "SIGKILL": -9, "unplugged": 1, "its launcher is killed": 1}
     if how in ("Ctrl-C", "SIGTERM", "SIGKILL"):
         os.kill(machine.process.pid, {"Ctrl-C": signal.SIGINT, "SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL}[how])
@@ -124,6 +123,19 @@ def test_a_mistake_over_there_is_one_line_here(hosts, tmp_path, launcher):
     )
     assert machine.output.count("error") == 1
     hosts.on_second().assert_nothing_is_left()
+
+
+@needs_ssh
+@pytest.mark.slow
+def test_machine_0_is_gone_before_the_other_has_come(hosts, tmp_path):
+    """Killed while the other one's launcher is still being started: that finds a closed door, and ends."""
+    settings = [*hosts.start_sshd(), "system.launcher=ssh"]
+    machine = hosts.start_by_ssh([small_job(tmp_path, SLEEP), *SMALL_SETTINGS, *settings])
+    second = hosts.on_second()
+    machine.wait_for(lambda: bool(second.processes()))
+    machine.process.kill()
+    machine.assert_nothing_is_left()
+    second.assert_nothing_is_left(60)
 
 
 @needs_ssh

@@ -63,7 +63,7 @@ def rl_config(*overrides: str, family: str = "sdar") -> Any:
     if family != "sdar":
         overrides = (f"model.model_base={family}", "rollout.use_cache=false", *overrides)
     sgd = ["optimizer.name=sgd", "optimizer.params.learning_rate=0.5", "lr_scheduler.scheduler=constant"]
-    paths = ["config=configs/rl_tiny.yaml", "experiment.project=unused", "training.max_grad_norm=null"]
+    paths = ["config=configs/rl_tiny.yaml", "experiment.project=runs/unused", "training.max_grad_norm=null"]
     return load_config("rl", [*paths, *sgd, *overrides])
 
 

@@ -22,8 +22,9 @@ from models.registry import FAMILIES
 from models.tiny import build_tiny
 from sample import canvas_cache, capacity, paged_block, paged_state, pages
 from tests.distributed.harness import ROOT, clean_environment
-from train import loop, memory_estimate, run
-from train.memory_estimate import GIB, Setup, check_fits, estimate, num_parameters, setup_of, states, total_bytes
+from train import loop, memory_estimate, memory_items, run
+from train.memory_estimate import check_fits, setup_of
+from train.memory_items import GIB, Setup, estimate, num_parameters, states, total_bytes
 
 EIGHT_B = SHAPES["sdar-8b"]
 SDAR = FAMILIES.get("sdar")
@@ -81,7 +82,7 @@ def test_parameters_are_those_of_the_decoder(name):
     lora = LoRA("base", rank=3, alpha=6, targets=targets_of(name))
     attach(model.decoder, model.family, lora)
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
-    assert memory_estimate.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
+    assert memory_items.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
 
 
 def targets_of(name: str) -> tuple[str, ...]:
@@ -116,9 +117,20 @@ def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains):
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         y = layer(x, cos, sin, 0, lambda layer, q, k, v: Fused.apply(q, k, v))
     kept = sum(storage.nbytes() for storage in held.values()) / n
-    expected = memory_estimate.kept_per_token(c, dtype.itemsize, trains) - 4 * c.num_heads
+    expected = memory_items.kept_per_token(c, dtype.itemsize, trains) - 4 * c.num_heads
     assert kept == expected
     assert y.requires_grad
+
+
+def test_fused_kernels_keep_less_by_hand():
+    """What models/kernels/{norms,rotary,swiglu}.py save, per token of the 8B shape in bfloat16; and the head without its copies."""
+    norms, attention, mlp = 2 * 2 * 8192, 2 * (4096 + 2048) + 2 * (4096 + 1024) + 8192 + 4 * 32, 3 * 2 * 12_288
+    assert memory_items.kept_per_token(EIGHT_B, 2, fused=True) == norms + attention + mlp
+    chunk, vocabulary = 4 * 2048 * 151_936, 151_936 * 4096
+    assert memory_items.head_bytes(EIGHT_B, 2, 2048, fused=True) == 4 * vocabulary + 2 * chunk
+    assert memory_items.head_bytes(EIGHT_B, 2, 2048) == 4 * vocabulary + 9 * chunk // 2
+    assert memory_items.head_bytes(EIGHT_B, 2, 256) == (4 + 2) * vocabulary
+    assert memory_items.head_bytes(EIGHT_B, 2, 2048, trains=False, fused=True) == 2 * chunk
 
 
 class Fused(torch.autograd.Function):
@@ -134,12 +146,12 @@ class Fused(torch.autograd.Function):
 
 
 def test_constants_of_the_other_rooms():
-    assert memory_estimate.PAGE == pages.PAGE
-    assert memory_estimate.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
-    assert memory_estimate.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
-    assert memory_estimate.LOGITS == capacity.LOGITS
-    assert memory_estimate.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
-    assert memory_estimate.TILE == loop.TILE
+    assert memory_items.PAGE == pages.PAGE
+    assert memory_items.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
+    assert memory_items.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
+    assert memory_items.LOGITS == capacity.LOGITS
+    assert memory_items.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
+    assert memory_items.TILE == loop.TILE
 
 
 # ---- by hand
@@ -219,6 +231,17 @@ def test_the_setup_of_a_config(name, zero, adapter):
     check_fits(s, H200)
     with pytest.raises(UserError):
         check_fits(s, 12 * GIB)
+
+
+def test_finetuning_samples_only_to_evaluate():
+    """Under ZeRO-3 the evaluator's engine has weights of its own."""
+
+    def names(*overrides: str) -> set[str]:
+        config = load_config("sft", ["config=configs/sft_sdar.yaml", *overrides])
+        return {item.name for item in estimate(setup_of(config, "sft", SDAR, EIGHT_B, 8, H200))}
+
+    assert "the engine's own weights" not in names("dataset.eval_dataset=null")
+    assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
 
 
 def test_a_start_on_a_gpu_says_the_table_and_refuses(monkeypatch, capsys):

@@ -190,6 +190,11 @@ def test_responses_of_a_prompt_go_together(num_ranks):
 
 
 @pytest.mark.parametrize("share", [False, True])
+def test_nothing_to_pack(share):
+    assert assign([], 100, 2, share) == [[], []]
+
+
+@pytest.mark.parametrize("share", [False, True])
 def test_packs_keep_the_budget_when_prompts_are_shared(share):
     documents = documents_of_groups(4, count=40, seed=3)
     number(documents)

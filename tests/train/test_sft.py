@@ -30,7 +30,7 @@ def sft_config(*overrides: str) -> Any:
     from configs.load import load_config
 
     sgd = ["optimizer.name=sgd", "optimizer.params.learning_rate=0.5", "lr_scheduler.scheduler=constant"]
-    base = ["config=configs/sft_tiny.yaml", "experiment.project=unused", "training.max_grad_norm=null"]
+    base = ["config=configs/sft_tiny.yaml", "experiment.project=runs/unused", "training.max_grad_norm=null"]
     return load_config("sft", [*base, *sgd, *overrides])
 
 

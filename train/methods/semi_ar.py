@@ -16,7 +16,7 @@ def semi_ar_slices(response: Response, block_size: int, training: Any, generator
     """The masks of `random_mask`, block by block of `training.block_size`, as semi-autoregressive sampling goes.
 
     Block attention: slices are such blocks already, and see the clean text before them alone. Full attention (`block_size` is the
-    width of the canvas): `canvas_slices`.
+    width of the canvas): `canvas_slices`. A canvas that is no wider than a block is one row under one mask either way.
     """
     if block_size == training.block_size:
         return random_mask_slices(response, block_size, training, generator)
