@@ -188,12 +188,12 @@ def test_two_machines_do_what_two_ranks_do(job: Job, on_one_host: Finished, way:
         finish(again)
         assert again[0].lines[-1].startswith("finished: weights in run/ckpt/optimized") and len(again[0].lines) < 4
         assert_equal(left(job.run_directory(way)), expected)
-    if way == "ssh":
-        hosts: Hosts = job.request.getfixturevalue("hosts")
-        hosts.on_second().assert_nothing_is_left()
         rows = expected["metrics.jsonl"]
         assert [row["train/skipped"] for row in rows] == [0, 0, 0] and rows[2]["value/num_updates"] == 2
         assert min(row["train/gradient_norm"] for row in rows) > 0
+    if way == "ssh":
+        hosts: Hosts = job.request.getfixturevalue("hosts")
+        hosts.on_second().assert_nothing_is_left()
 
 
 # ---- faults, and going on ------------------------------------------------------------------------------------------------------
