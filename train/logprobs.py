@@ -20,7 +20,8 @@ class ChunkedLogProbs(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, temperature, forbidden, chunk):
-        logprobs, entropy, totals = (torch.empty(len(targets), dtype=torch.float32, device=hidden.device) for _ in range(3))
+        shapes = ((len(targets),), (len(targets),), (len(targets), 2))
+        logprobs, entropy, totals = (torch.empty(shape, dtype=torch.float32, device=hidden.device) for shape in shapes)
         for start in range(0, len(targets), chunk):
             rows = slice(start, start + chunk)
             logits = scaled_logits(hidden[rows], weight, temperature, forbidden)

@@ -1,8 +1,10 @@
 """Between logits and what the loss needs of them, each in one pass over the logits: log-probability of the target, entropy, and the
 gradient of both. Shapes: C rows of a chunk, V vocabulary.
 
-With p = softmax(logits), L = log sum exp(logits), l the target's log-probability, H the entropy:
-    l = logits[target] - L      H = L - sum p logits      dl/dlogits = onehot - p      dH/dlogits = -p (log p + H)
+With p = softmax(logits), m the highest logit, S = log sum exp(logits - m), l the target's log-probability, H the entropy:
+    l = logits[target] - m - S      H = S - sum p (logits - m)      dl/dlogits = onehot - p      dH/dlogits = -p (log p + H)
+
+m and S stay apart: m + S would be rounded at the size of the logits, and log-probabilities near 0 with it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ TILE = 4096
 
 
 def row_statistics(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(log-probability of the target, entropy, log sum exp), each float32 [C], of float32 logits [C, V]; -inf: no probability."""
+    """(log-probability of the target [C], entropy [C], m and S [C, 2]), float32, of float32 logits [C, V]; -inf: no probability."""
     return row_statistics_kernel(logits, targets) if use_fused(logits) else row_statistics_reference(logits, targets)
 
 
@@ -31,14 +33,15 @@ def logits_gradient(
     dtype: torch.dtype,
 ) -> Tensor:
     """`scale` times the gradient of the logits [C, V], in `dtype`: of log-probabilities, weighted by grad_logprob [C], and of
-    entropies, if grad_entropy [C] is given. total, entropy: `row_statistics`. The logits may be overwritten."""
+    entropies, if grad_entropy [C] is given. total [C, 2], entropy [C]: `row_statistics`. The logits may be overwritten."""
     how = logits_gradient_kernel if use_fused(logits) else logits_gradient_reference
     return how(logits, targets, total, entropy, grad_logprob, grad_entropy, scale, dtype)
 
 
 def row_statistics_kernel(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     assert logits.is_contiguous() and logits.dtype == torch.float32 and targets.is_contiguous()
-    logprob, entropy, total = (torch.empty(len(logits), dtype=torch.float32, device=logits.device) for _ in range(3))
+    shapes = ((len(logits),), (len(logits),), (len(logits), 2))
+    logprob, entropy, total = (torch.empty(shape, dtype=torch.float32, device=logits.device) for shape in shapes)
     if len(logits):
         _row_statistics[(len(logits),)](logits, targets, logprob, entropy, total, logits.shape[1], TILE=TILE, num_warps=8)
     return logprob, entropy, total
@@ -54,7 +57,7 @@ def logits_gradient_kernel(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    assert logits.is_contiguous() and logits.dtype == torch.float32 and targets.is_contiguous()
+    assert logits.is_contiguous() and logits.dtype == torch.float32 and targets.is_contiguous() and total.is_contiguous()
     grad = torch.empty_like(logits, dtype=dtype)
     grad_logprob = grad_logprob.float().contiguous()
     with_entropy = grad_entropy is not None
@@ -68,7 +71,8 @@ def logits_gradient_kernel(
 
 @jit
 def _row_statistics(logits, targets, logprob, entropy, total, width, TILE: tl.constexpr):
-    """One program per row: maximum, sum of exponentials and their mean logit, kept as it goes."""
+    """One program per row: the highest logit so far, the sum of exponentials of what lies below it, and that sum weighted by the
+    distance."""
     row = tl.program_id(0).to(tl.int64)
     start = logits + row * width
     highest = -3.0e38  # not -inf: the difference of two would be no number
@@ -79,13 +83,14 @@ def _row_statistics(logits, targets, logprob, entropy, total, width, TILE: tl.co
         new = tl.maximum(highest, tl.max(value, axis=0))
         p = tl.exp(value - new)
         shrunk = tl.exp(highest - new)
+        weighted = (weighted + size * (highest - new)) * shrunk + tl.sum(p * tl.where(p > 0, value - new, 0.0), axis=0)
         size = size * shrunk + tl.sum(p, axis=0)
-        weighted = weighted * shrunk + tl.sum(p * tl.where(p > 0, value, 0.0), axis=0)
         highest = new
-    log_sum = highest + tl.log(size)
-    tl.store(logprob + row, tl.load(start + tl.load(targets + row)) - log_sum)
-    tl.store(entropy + row, log_sum - weighted / size)
-    tl.store(total + row, log_sum)
+    log_size = tl.log(size)
+    tl.store(logprob + row, tl.load(start + tl.load(targets + row)) - highest - log_size)
+    tl.store(entropy + row, log_size - weighted / size)
+    tl.store(total + 2 * row, highest)
+    tl.store(total + 2 * row + 1, log_size)
 
 
 @jit
@@ -95,7 +100,8 @@ def _logits_gradient(
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * TILE + tl.arange(0, TILE)
     inside = column < width
-    log_p = tl.load(logits + row * width + column, mask=inside, other=float("-inf")) - tl.load(total + row)
+    value = tl.load(logits + row * width + column, mask=inside, other=float("-inf"))
+    log_p = value - tl.load(total + 2 * row) - tl.load(total + 2 * row + 1)
     p = tl.exp(log_p)
     g = tl.load(grad_logprob + row)
     value = tl.where(column == tl.load(targets + row), 1.0 - p, -p) * g
@@ -108,10 +114,13 @@ def _logits_gradient(
 
 
 def row_statistics_reference(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    total = logits.logsumexp(-1)
-    log_p = logits - total[:, None]
+    highest = logits.amax(-1, keepdim=True)
+    log_p = logits - highest
+    log_size = log_p.exp().sum(-1, keepdim=True).log()
+    log_p -= log_size
+    logprob = log_p.gather(1, targets[:, None])[:, 0]
     entropy = -(log_p.exp() * log_p.clamp_(min=torch.finfo(torch.float32).min)).sum(-1)
-    return logits.gather(1, targets[:, None])[:, 0] - total, entropy, total
+    return logprob, entropy, torch.cat([highest, log_size], dim=1)
 
 
 def logits_gradient_reference(
@@ -124,7 +133,7 @@ def logits_gradient_reference(
     scale: float,
     dtype: torch.dtype,
 ) -> Tensor:
-    log_p = logits.sub_(total[:, None])
+    log_p = logits.sub_(total[:, :1]).sub_(total[:, 1:])
     p = log_p.exp()
     grad = -p * grad_logprob[:, None]
     grad.scatter_add_(1, targets[:, None], grad_logprob[:, None].float())

@@ -22,11 +22,12 @@ def functions(request):
 
 
 @pytest.mark.parametrize("forbidden", [[], [0, 3, 4]])
-@pytest.mark.parametrize("num_rows, width", [(1, 5), (3, 700), (2, 9000)])
-def test_statistics_and_gradient(device, functions, num_rows, width, forbidden):
+@pytest.mark.parametrize("num_rows, width, shift", [(1, 5, 0), (3, 700, 300), (2, 9000, -40)])
+def test_statistics_and_gradient(device, functions, num_rows, width, shift, forbidden):
+    """Wherever the logits lie: a shift of all of them costs no digits of the results."""
     statistics, gradient = functions
     generator = torch.Generator().manual_seed(width)
-    drawn = 4 * torch.randn(num_rows, width, generator=generator)
+    drawn = 4 * torch.randn(num_rows, width, generator=generator) + shift
     drawn[:, forbidden] = -torch.inf
     targets = torch.full((num_rows,), width - 1)
     targets[0] = 1
@@ -38,7 +39,8 @@ def test_statistics_and_gradient(device, functions, num_rows, width, forbidden):
     logits, on_device = drawn.to(device), targets.to(device)
     with poisoned():
         found = statistics(logits.clone(), on_device)
-    for got, want in zip(found, [logprob, entropy, exact.logsumexp(-1)], strict=True):
+    total = found[2].sum(1)
+    for got, want in zip([*found[:2], total], [logprob, entropy, exact.logsumexp(-1)], strict=True):
         assert_near(got, want.detach())
     for of_entropy in (None, grad_entropy):
         loss = (logprob * grad_logprob).sum() + (0 if of_entropy is None else (entropy * of_entropy).sum())
