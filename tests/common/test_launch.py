@@ -22,7 +22,8 @@ from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(sys.argv[1])
 def mark(name): (folder / f"{name}_{rank}").write_text(str(os.getpid()))
 def wait_for(name, ranks=(0, 1)):
-    while not all((folder / f"{name}_{r}").exists() for r in ranks): time.sleep(0.01)
+    files = [folder / f"{name}_{r}" for r in ranks]  # there is one before anything is in it
+    while not all(file.exists() and file.read_text() for file in files): time.sleep(0.01)
 """
 
 
