@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 10.0
 """From the end of the first rank that failed to SIGKILL for those that have not ended."""
+SETTLE_SECONDS = 0.5
+"""From the first sign of a failure to the question which rank began it: one that is killed is gone for the others, whose
+connections break, before it is for us."""
 INTERRUPT_GRACE_SECONDS = 60.0
 """After Ctrl-C, from the end of the first rank to SIGTERM for the others (they may be writing a checkpoint)."""
 POLL_SECONDS = 0.05
@@ -161,6 +164,7 @@ class _Ranks:
         self.interrupted = False
         self.told_at = float("-inf")  # when another machine told of a signal
         self.stopping = False  # another machine has failed
+        self.noticed: float | None = None  # when a rank was first seen to fail
         self.failed: int | None = None  # the rank that ended the job
         self.failed_at = 0.0
         self.next_blow: float | None = None  # when those that still run are to be ended, and ...
@@ -287,6 +291,9 @@ class _Ranks:
         crashed = [rank for rank in ended if self.processes[rank].returncode != 0]
         failing = [rank for rank in running if self._cause_file(rank).exists()]
         if self.failed is None and not self.interrupted and not self.stopping and (crashed or failing):
+            self.noticed = self.noticed or time.monotonic()
+            if time.monotonic() < self.noticed + SETTLE_SECONDS:
+                return
             self.failed, self.failed_at = self._culprit(crashed + failing), time.time()
             if self.link is not None:
                 self.link.tell_failure()

@@ -186,7 +186,7 @@ def test_the_runs_learn_something(unbroken: Any):
 @pytest.mark.slow
 def test_killed_twice_in_one_step(start: Start, unbroken: Any, tmp_path: Path):
     project = tmp_path / "run"
-    for kill_at in ("second_reward:5", "updated:5"):
+    for kill_at in ("second_reward:6", "updated:6"):
         Path(f"{project}.killed").unlink(missing_ok=True)
         assert start("third", project, kill_at).code == -signal.SIGKILL
     assert start("third", project).code == 0
