@@ -306,6 +306,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--scaling: got {arguments.scaling}, meant is weak, strong or both")
     if arguments.point is not None:
         measure(arguments, int(os.environ["WORLD_SIZE"]), arguments.point[0], Path(arguments.point[1]))
+        if torch.distributed.is_initialized():  # together: gloo aborts a rank whose peer is gone while it ends
+            torch.distributed.barrier()
+            torch.distributed.destroy_process_group()
         return []
     results, found = [], {}
     with tempfile.TemporaryDirectory(prefix="unmask-rl-step-") as folder:

@@ -292,8 +292,8 @@ class _Ranks:
         failing = [rank for rank in running if self._cause_file(rank).exists()]
         if self.failed is None and not self.interrupted and not self.stopping and (crashed or failing):
             self.noticed = self.noticed or time.monotonic()
-            if time.monotonic() < self.noticed + SETTLE_SECONDS:
-                return
+            if self.link is None and time.monotonic() < self.noticed + SETTLE_SECONDS:
+                return  # of several machines the failures are compared when all have ended
             self.failed, self.failed_at = self._culprit(crashed + failing), time.time()
             if self.link is not None:
                 self.link.tell_failure()

@@ -39,6 +39,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
             **COMMON,
             "experiment.save_state_every": 3,
             "experiment.save_every": 2,
+            "training.seed": 1,
             "rollout.resample": "true",
             "reward.keep_solve_rate": "[0.2,0.8]",
         },
