@@ -25,10 +25,10 @@ import numpy as np
 import torch
 
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, matmul_parameters, random_decoder
-from benchmarks.train_step import PEAK_FLOPS, measure
+from benchmarks.train_step import PEAK_FLOPS, measure, update_packs
 from train.layout import Layout
 from train.loop import pack_multiple
-from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
+from train.objectives import token_weights
 from train.packing import Document, assign, build_pack, number
 from train.policy import Policy
 from train.traces import Response
@@ -72,14 +72,7 @@ class Update:
 
     def __call__(self) -> float:
         self.decoder.zero_grad(set_to_none=False)
-        total = 0.0
-        for pack in self.packs:
-            logprobs, _ = self.policy(pack)
-            w, a, old = self.weights[pack.prediction], self.advantages[pack.prediction], logprobs.detach()
-            loss = OBJECTIVES.get("clipped")(ObjectiveInput(logprobs, old, old, old, a, w, w), TRAINING).loss
-            loss.backward()
-            total += loss.detach()
-        return float(total)
+        return update_packs(self.policy, self.packs, self.weights, self.advantages, TRAINING)
 
     @property
     def num_tokens(self) -> int:

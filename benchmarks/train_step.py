@@ -26,6 +26,7 @@ from typing import Any, Callable
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from benchmarks.reference_rows import Batch, build_rows, row_logprobs
 from benchmarks.shapes import SHAPES, mask_id_of, matmul_parameters, random_decoder
@@ -45,6 +46,18 @@ PEAK_FLOPS = 989e12
 TRAINING = SimpleNamespace(
     shrink=1, post_num=None, eps=0.2, eps_high=None, beta=0.01, use_kl_estimator_k3=True, importance_cap=None, block_size=4
 )
+
+
+def update_packs(policy: Policy, packs: list[Pack], weights: Tensor, advantages: Tensor, training: Any) -> float:
+    """Forward and backward of all packs, the clipped surrogate at a ratio of 1: the loss. weights, advantages: [M]."""
+    total = 0.0
+    for pack in packs:
+        logprobs, _ = policy(pack)
+        w, a, old = weights[pack.prediction], advantages[pack.prediction], logprobs.detach()
+        loss = OBJECTIVES.get("clipped")(ObjectiveInput(logprobs, old, old, old, a, w, w), training).loss
+        loss.backward()
+        total += loss.detach()
+    return float(total)
 
 
 def draw_responses(arguments: Any, reveal: float, vocab: int) -> list[Response]:
@@ -95,14 +108,7 @@ class Packed:
         self.weights, self.advantages = self.weights.to(arguments.device), self.advantages.to(arguments.device)
 
     def update(self) -> float:
-        total = 0.0
-        for pack in self.packs:
-            logprobs, _ = self.policy(pack)
-            w, a, old = self.weights[pack.prediction], self.advantages[pack.prediction], logprobs.detach()
-            loss = OBJECTIVES.get("clipped")(ObjectiveInput(logprobs, old, old, old, a, w, w), TRAINING).loss
-            loss.backward()
-            total += loss.detach()
-        return float(total)
+        return update_packs(self.policy, self.packs, self.weights, self.advantages, TRAINING)
 
     @torch.no_grad()
     def logprobs(self) -> None:

@@ -32,9 +32,6 @@ if TYPE_CHECKING:
 
 GRACE_SECONDS = 10.0
 """From the end of the first rank that failed to SIGKILL for those that have not ended."""
-SETTLE_SECONDS = 0.5
-"""From the first sign of a failure to the question which rank began it: one that is killed is gone for the others, whose
-connections break, before it is for us."""
 INTERRUPT_GRACE_SECONDS = 60.0
 """After Ctrl-C, from the end of the first rank to SIGTERM for the others (they may be writing a checkpoint)."""
 POLL_SECONDS = 0.05
@@ -164,9 +161,9 @@ class _Ranks:
         self.interrupted = False
         self.told_at = float("-inf")  # when another machine told of a signal
         self.stopping = False  # another machine has failed
-        self.noticed: float | None = None  # when a rank was first seen to fail
-        self.failed: int | None = None  # the rank that ended the job
+        self.failed: list[int] = []  # the ranks that were the first to be seen to fail
         self.failed_at = 0.0
+        self.sent: set[tuple[int, int]] = set()  # (rank, signal) of what ran and got it from here, to be ended
         self.next_blow: float | None = None  # when those that still run are to be ended, and ...
         self.blow = signal.SIGTERM  # ... how
 
@@ -290,11 +287,8 @@ class _Ranks:
         ended = [rank for rank in range(self.num_processes) if rank not in running]
         crashed = [rank for rank in ended if self.processes[rank].returncode != 0]
         failing = [rank for rank in running if self._cause_file(rank).exists()]
-        if self.failed is None and not self.interrupted and not self.stopping and (crashed or failing):
-            self.noticed = self.noticed or time.monotonic()
-            if self.link is None and time.monotonic() < self.noticed + SETTLE_SECONDS:
-                return  # of several machines the failures are compared when all have ended
-            self.failed, self.failed_at = self._culprit(crashed + failing), time.time()
+        if not self.failed and not self.interrupted and not self.stopping and (crashed or failing):
+            self.failed, self.failed_at = crashed + failing, time.time()
             if self.link is not None:
                 self.link.tell_failure()
         if crashed and not self.interrupted and self.blow == signal.SIGTERM:
@@ -312,44 +306,50 @@ class _Ranks:
         self.blow, self.next_blow = signal.SIGKILL, time.monotonic() + GRACE_SECONDS
 
     def _kill(self, rank: int, number: int) -> None:
+        if self.processes[rank].poll() is None:
+            self.sent.add((rank, number))
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.processes[rank].pid, number)
 
     def _cause_file(self, rank: int) -> Path:
         return self.folder / f"rank_{rank}"
 
-    def _culprit(self, failed: list[int]) -> int:
-        """Of ranks that failed within one poll, the one that began: killed from outside, else the first to leave its cause.
-
-        The others fail because of it ("connection closed by peer").
+    def _culprit(self) -> int:
+        """Of the ranks that were the first to be seen to fail, the one that began: killed from outside, else the first to leave its
+        cause. The others fail because of it ("connection closed by peer"), and may be seen before it is: to them a killed rank is
+        gone, its connections broken, before the system lets go of it.
         """
+        codes = [process.returncode for process in self.processes]
+        from_outside = {rank for rank, code in enumerate(codes) if code < 0 and (rank, -code) not in self.sent}
+        seen_late = {rank for rank in from_outside if codes[rank] == -signal.SIGKILL}
 
         def when(rank: int) -> tuple[float, int]:
             file = self._cause_file(rank)
             left = file.stat().st_mtime if file.exists() else float("inf")
-            return (-1.0 if (self.processes[rank].returncode or 0) < 0 else left), rank
+            return (-1.0 if rank in from_outside else left), rank
 
-        return min(failed, key=when)
+        return min({*self.failed, *seen_late}, key=when)
 
     # -- how it ends
 
     def _outcome(self) -> tuple[int, Failure | None]:
         """The exit code of this machine's ranks, all of which have ended, and which of them was the cause, if one was."""
         codes = [process.returncode for process in self.processes]
-        if self.failed is None and any(codes) and not self.stopping:
-            self.failed, self.failed_at = self._culprit([rank for rank, code in enumerate(codes) if code != 0]), time.time()
-        if self.failed is None:
+        if not self.failed and any(codes) and not self.stopping:
+            self.failed, self.failed_at = [rank for rank, code in enumerate(codes) if code != 0], time.time()
+        if not self.failed:
             return 0, None
-        who = f"process {self._global(self.failed)} of {len(codes) * (self.link.place.number if self.link is not None else 1)}"
+        culprit = self._culprit()
+        who = f"process {self._global(culprit)} of {len(codes) * (self.link.place.number if self.link is not None else 1)}"
         if self.link is not None:
             who += f" (machine {self.link.place.index}, {socket.gethostname()})"
-        file = self._cause_file(self.failed)
+        file = self._cause_file(culprit)
         left, _, cause = file.read_text(encoding="utf-8").partition(" ") if file.exists() else ("", "", "")
         if left:  # however the rank was ended then: this is what it wanted to end with
             is_whole_line = int(left) in (2, INTERRUPTED_CODE)  # common/errors.py: a user's mistake, Ctrl-C
             line = cause if is_whole_line else f"error: {who} failed: {cause}"
             return int(left), Failure(2, time.time() - file.stat().st_mtime, int(left), line)
-        code = codes[self.failed]
+        code = codes[culprit]
         exit_code = 128 - code if code < 0 else code
         if self.interrupted:
             was_early = exit_code == INTERRUPTED_CODE  # before it could say so itself

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.device import shared_memory
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 from sample.pages import PAGE
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from models.logits import matmul_float32
 from sample.kernels.device import shared_memory
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 from sample.kernels.swiglu import silu_mul
 

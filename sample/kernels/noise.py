@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sample.kernels.launch import jit, tl
+from models.kernels.launch import jit, tl
 
 
 @jit

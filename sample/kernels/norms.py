@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from models.kernels.norms import rms_norm_reference
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 
 

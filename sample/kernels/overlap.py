@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sample.kernels.launch import INTERPRET, jit, tl
+from models.kernels.launch import INTERPRET, jit, tl
 
 MAX_ROWS = 32
 """Of a forward whose kernels overlap; with more rows nothing is gained."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from sample import noise
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.noise import mix
 from sample.pages import PAGE
 from sample.slots import Plan, Slots

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.item_attention import LOG2_E
-from sample.kernels.launch import jit, tl, triton, use_kernel
 
 
 def prefill_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, lengths: Tensor, block_size: int, max_length: int) -> Tensor:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from sample import unmask
 from sample.engine import SamplingSettings
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.registry import UNMASKING
 from sample.sampling import Draws
 from sample.slots import DONE, EMPTY, RAN, STALLED, Constants, Plan, Results, Slots

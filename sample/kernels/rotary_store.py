@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from models.decoder import rope_cos_sin
+from models.kernels.launch import jit, tl, triton, use_kernel
 from models.kernels.norms import rms_norm_reference
 from models.kernels.rotary import rotate
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 
 HEADS_AT_A_TIME = 8

@@ -19,9 +19,9 @@ import math
 import torch
 from torch import Tensor
 
+from models.kernels.launch import INTERPRET, jit, tl, triton, use_kernel
 from sample import noise, sampling
 from sample.engine import SamplingSettings
-from sample.kernels.launch import INTERPRET, jit, tl, triton, use_kernel
 from sample.kernels.noise import mix, random_bits, uniform
 from sample.registry import TARGETS
 from sample.sampling import Draws, draw

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from models.kernels.launch import jit, tl, triton, use_kernel
 from models.kernels.swiglu import silu_mul_reference
-from sample.kernels.launch import jit, tl, triton, use_kernel
 from sample.kernels.overlap import begin, finish, launch_options
 
 TILE = 1024

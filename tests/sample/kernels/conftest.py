@@ -9,11 +9,29 @@ skip here, and test_in_interpreter.py runs them all in a process of its own:
 from __future__ import annotations
 
 import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+ROOT = Path(__file__).resolve().parents[3]
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+needs_interpreter = pytest.mark.skipif(
+    INTERPRET or torch.cuda.is_available(), reason="the tests of this folder run in this very process"
+)
+
+
+def run_in_interpreter(folder: Path) -> None:
+    """All tests of `folder` in a process whose kernels are interpreted: they pass, and there are some."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(folder)]
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout[-6000:] + run.stderr[-2000:]
+    assert int(re.search(r"(\d+) passed", run.stdout)[1]) > 0
 
 
 @pytest.fixture

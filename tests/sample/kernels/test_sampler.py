@@ -8,10 +8,10 @@ import math
 import pytest
 import torch
 
+from models.kernels.launch import jit, tl
 from sample import noise
 from sample.engine import SamplingSettings
 from sample.kernels import sampler
-from sample.kernels.launch import jit, tl
 from sample.kernels.noise import mix, random_bits, uniform
 from sample.kernels.sampler import draw_rows, draw_rows_reference, exponential
 from sample.registry import TARGETS
