@@ -137,7 +137,12 @@ class Evaluator:
         weights = EngineWeights(run.accelerator, run.model)
         config = run.config
         engine = build_engine(weights.decoder, run.model.family, config.evaluation.max_active, config.rollout.engine)
-        return cls(run.config, run.model, engine, run.accelerator, tasks, weights.refresh)
+
+        def refresh(weights_version: int) -> None:
+            weights.refresh(weights_version)
+            run.rest.down()
+
+        return cls(run.config, run.model, engine, run.accelerator, tasks, refresh)
 
     @staticmethod
     def check(config: Any, model: Any) -> None:

@@ -92,6 +92,7 @@ class RLRun:
         from sample.engine import build_engine
         from sample.rollout import PromptBuilder, check_decoding
         from train.engine_weights import EngineWeights
+        from train.offload import Frozen
         from train.rl import PolicyUpdate
         from train.run import Run
 
@@ -112,9 +113,12 @@ class RLRun:
         self.cursor = TaskCursor(tasks, config.training.seed)
         reference = self.run.load_model() if config.training.kl_to == "reference" and config.training.beta else None
         self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
+        if self.policy_update.reference is not None:
+            frozen = Frozen(self.policy_update.reference, self.run.accelerator.device)
+            self.run.rest.add(frozen, config.training.offload_optimizer, keeps_weights=False)
         self.evaluator = None
         if eval_tasks is not None:
-            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks, self.engine_weights.refresh)
+            self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks, self.prepare_engine)
         self.step_metrics: dict[str, float] = {}
         self.run.resume(lambda extra: self.cursor.restore(extra["cursor"]))
 
@@ -170,15 +174,18 @@ class RLRun:
         requests, _ = self.prompts(tasks, self.config.rollout.num_response_per_task)
         settings = sampling_settings(self.config.rollout, self.run.model, self.config.training.seed, step)
         version, title = self.run.trainer.num_steps, f"step {step}: rollout"
-        self.engine_weights.refresh(version)
-        if self.run.value is not None:
-            self.run.value.rest()
+        self.prepare_engine(version)
         by_index = self.config.rollout.deterministic
         rollouts = sample_on_all_ranks(self.engine, requests, settings, self.run.accelerator, version, title, by_index)
         self.engine.release()  # the update, and a judge on this GPU, want the memory of its cache
         if self.run.is_main:
             write_jsonl(file, rollouts)
         return rollouts
+
+    def prepare_engine(self, weights_version: int) -> None:
+        """Give the engine the weights of that version, then the memory that only the update needs."""
+        self.engine_weights.refresh(weights_version)
+        self.run.rest.down()
 
     def score(self, rollouts: list[Rollout], tasks: list[Task]) -> list[ScoredRollout]:
         """All responses of `tasks`, scored; a task whose prompt was too long has one record, without a response."""
@@ -194,8 +201,7 @@ class RLRun:
     def update(self, scored: list[ScoredRollout], step: int) -> None:
         trained = [r for r in scored if r.dropped is None]
         with self.run.phase("update"):
-            if self.run.value is not None:
-                self.run.value.wake()
+            self.run.rest.up()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics and self.run.is_main:
             warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")

@@ -93,6 +93,21 @@ def measure(engine: Engine, requests: list[Request], settings: SamplingSettings,
         pass
 
 
+def warm_up(engine: Engine, requests: list[Request], settings: SamplingSettings, clock: Any, steps: int, all_blocks: bool) -> int:
+    """Run what compiles kernels, `steps` forwards, and what captures CUDA graphs; how many were captured. clock: makes a new one.
+
+    The first block at its own pace meets every number of rows that predict. all_blocks: windows of other blocks have other sizes,
+    and a size is captured when it comes the second time; in three forwards each block has a refresh and two windows.
+    """
+    measure(engine, requests, settings, clock(), steps)
+    graphs = engine.statistics.graphs
+    if all_blocks:
+        num_blocks = -(-settings.max_tokens // settings.block_size)
+        measure(engine, requests, dataclasses.replace(settings, steps=3 * num_blocks), clock(), None)
+        graphs += engine.statistics.graphs
+    return graphs
+
+
 def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """A result per number of canvases, tokens a forward, and cache, of the chosen engine and then of the torch engine."""
     from benchmarks.rollout import Clock, numbers
@@ -115,7 +130,8 @@ def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator
                 steps=canvas.response // canvas.block_size * per_block,
                 **cache_settings(name),
             )
-            measure(engine, requests, settings, Clock(), steps=block_steps + 1)  # for what is compiled on the way
+            all_blocks = kind != "torch" and name != "none"
+            graphs = warm_up(engine, requests, settings, Clock, block_steps + 1, all_blocks)
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -140,6 +156,7 @@ def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator
                 "limit_tokens_per_second": best,
                 "share_of_limit": tokens / seconds / best,
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
+                "graphs_captured_before": graphs,
                 "statistics": numbers(engine.statistics),
             }
         engine.release()

@@ -27,7 +27,7 @@ import torch
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, matmul_parameters, random_decoder
 from benchmarks.train_step import PEAK_FLOPS, measure, update_packs
 from train.layout import Layout
-from train.loop import pack_multiple
+from train.loop import attended_length, pack_multiple
 from train.objectives import token_weights
 from train.packing import Document, assign, build_pack, number
 from train.policy import Policy
@@ -67,7 +67,9 @@ class Update:
         self.advantages = torch.linspace(-1, 1, arguments.responses)[torch.as_tensor(predictions.response)].to(arguments.device)
         [packs] = assign(documents, arguments.budget, 1)
         round_to = pack_multiple(arguments.device)
-        self.packs = [build_pack(p, mask_id, round_to, family.logit_shift).to(arguments.device) for p in packs]
+        attended = attended_length(arguments.budget)
+        built = (build_pack(p, mask_id, round_to, family.logit_shift, attended_length=attended) for p in packs)
+        self.packs = [pack.to(arguments.device) for pack in built]
         self.num_predictions = len(predictions)
 
     def __call__(self) -> float:
@@ -100,7 +102,7 @@ def benchmark(arguments: Any) -> Iterator[dict[str, Any]]:
         points: list[tuple[int, float]] = []  # layers, peak of activations
         for num_layers in arguments.layers:
             update = Update(arguments, num_layers)
-            update.decoder.gradient_checkpointing = recompute
+            update.decoder.recomputed_layers = num_layers if recompute else 0
             seconds, peak = measure(update, SimpleNamespace(device=arguments.device.type, repeats=arguments.repeats))
             held = 2 * sum(p.numel() * p.element_size() for p in update.decoder.parameters()) / 2**30
             points.append((num_layers, peak - held))

@@ -25,17 +25,23 @@ SAMPLED, GREEDY = "low_confidence_dynamic-top_k0", "low_confidence_dynamic-top_k
 CONTROL = "benchmarks/permuted_rewards.py"
 
 
-def call(script: str, *arguments: str, quiet: bool) -> float:
-    """Run a script of the repo's root; returns its seconds. A failure ends the demo with the script's exit code."""
+def call(script: str, *arguments: str, quiet: bool, environment: dict[str, str] | None = None, log: Path | None = None) -> float:
+    """Run a script of the repo's root; returns its seconds. A failure ends the demo with the script's exit code.
+
+    environment: variables beside this process's; log: file for all that the script prints, errors too (else they are shown).
+    """
     start = time.perf_counter()
     command = [sys.executable, script, *arguments]
     if not quiet:
         print(f"\n$ python {' '.join(command[1:])}", flush=True)
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
-    result = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL if quiet else None)
-    if result.returncode:
-        sys.exit(result.returncode)
+    variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **(environment or {})}
+    with open(log or os.devnull, "a") as file:
+        output = file if quiet or log is not None else None
+        errors = file if log is not None else None
+        code = subprocess.run(command, cwd=ROOT, env=variables, stdout=output, stderr=errors).returncode
+    if code:
+        sys.exit(code)
     return time.perf_counter() - start
 
 

@@ -9,6 +9,7 @@ Blocks are cut on absolute positions (P is a multiple of the block size here), s
 
 from __future__ import annotations
 
+from copy import copy
 from dataclasses import dataclass
 
 import numpy as np
@@ -43,9 +44,9 @@ def build_rows(responses: list[Response], block_size: int, mask_id: int) -> list
 
 
 class Batch:
-    """Rows padded to the longest, with their dense mask, on the device."""
+    """Rows padded to the longest, with their dense mask."""
 
-    def __init__(self, rows: list[Row], block_size: int, device: str) -> None:
+    def __init__(self, rows: list[Row], block_size: int) -> None:
         self.rows = rows
         longest = max(len(r.ids) for r in rows)
         self.ids = torch.zeros(len(rows), longest, dtype=torch.int64)
@@ -64,7 +65,11 @@ class Batch:
             noisy_keys = noisy[None, :] & noisy[:, None] & (block[None, :] == block[:, None])
             self.mask[n, 0, :length, :length] = clean_keys | noisy_keys
             self.mask[n, 0, length:] = True  # padding sees everything: a softmax over nothing would be NaN
-        self.ids, self.positions, self.mask = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.mask))
+
+    def to(self, device: torch.device | str) -> Batch:
+        moved = copy(self)
+        moved.ids, moved.positions, moved.mask = (x.to(device, non_blocking=True) for x in (self.ids, self.positions, self.mask))
+        return moved
 
 
 def row_logprobs(decoder: Decoder, batch: Batch) -> list[Tensor]:

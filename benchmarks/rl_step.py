@@ -12,12 +12,17 @@ around 0.4 of --response, cut there.
 Weak scaling: `--tasks` tasks for every GPU. Strong: as many in all as that makes for the most GPUs. Efficiency is in response
 tokens per second and GPU, against the fewest GPUs of the call (of the update alone in packed tokens). Idle share: what a rank waits
 in the rollout for the last one, as a share of the step. Behind `--warm-up` steps (kernels are compiled, graphs captured) the median
-of `--steps` is taken. The memory's peak, as torch counts it, stands beside the estimate (docs/scaling.md).
+of `--steps` is taken; the seconds of all steps stand beside it. The memory's peak, as torch counts it, stands beside the estimate
+(docs/scaling.md).
+
+`--out` is written after every point, so that one that fails loses no other. Points of other calls, say of one beside this on other
+GPUs of the machine (CUDA_VISIBLE_DEVICES), are put beside this call's by `--join FILE ...`.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -50,7 +55,7 @@ def overrides(arguments: argparse.Namespace, num_ranks: int) -> list[str]:
         f"experiment.deepspeed_file={file}",
         "model.prepare_config=null",
         f"training.mixed_precision={'bf16' if arguments.device == 'cuda' else 'no'}",
-        "training.gradient_checkpointing_enable=true",
+        f"training.gradient_checkpointing_enable={arguments.recompute}",
         f"training.max_tokens_per_microbatch={arguments.budget}",
         f"training.fused_kernels={arguments.fused}",
         f"training.max_prompt_len={arguments.prompt}",
@@ -63,14 +68,18 @@ def overrides(arguments: argparse.Namespace, num_ranks: int) -> list[str]:
 
 
 def step_requests(arguments: argparse.Namespace, num_tasks: int, step: int) -> list[Any]:
-    """Tasks of a step: prompts of a quarter to the whole of `--prompt`, and how long each of their responses has to be."""
+    """Tasks of a step: prompts of a quarter to the whole of `--prompt`, and how long each of their responses has to be.
+
+    Lengths come again after `--tasks` tasks: so weak scaling has the same work for every GPU, and not what chance makes of it.
+    """
     from sample.engine import Request
 
-    rng = np.random.default_rng([arguments.seed, step])
     requests = []
     for n in range(num_tasks):
-        prompt = rng.integers(0, mask_id_of(arguments.shape), rng.integers(max(1, arguments.prompt // 4), arguments.prompt + 1))
+        rng = np.random.default_rng([arguments.seed, step, n % arguments.tasks])
+        num_prompt = rng.integers(max(1, arguments.prompt // 4), arguments.prompt + 1)
         lengths = rng.lognormal(np.log(0.4 * arguments.response), 0.6, arguments.samples)
+        prompt = np.random.default_rng([arguments.seed, step, n]).integers(0, mask_id_of(arguments.shape), num_prompt)
         lengths = np.clip(lengths, 4, arguments.response).astype(int)
         requests.append(Request(f"step {step} task {n}", prompt.tolist(), arguments.samples, tuple(lengths.tolist())))
     return requests
@@ -96,10 +105,12 @@ class Step:
         from configs.load import load_config
         from models.checkpoint import Pretrained
         from models.family import usual_keys
+        from models.kernels.launch import set_fused
         from sample.engine import SamplingSettings, build_engine
         from train.engine_weights import EngineWeights
         from train.policy import policy_trainer
         from train.rl import PolicyUpdate
+        from train.run import gpu_memory
 
         self.arguments = arguments
         self.config = load_config("rl", overrides(arguments, num_ranks))
@@ -107,12 +118,16 @@ class Step:
         assert self.accelerator.num_processes == num_ranks
         device = self.accelerator.device
         dist.set_numerics(self.config, device)
+        set_fused(self.config.training.fused_kernels)
         family, mask_id = family_of(arguments.shape), mask_id_of(arguments.shape)
         decoder = random_decoder(arguments.shape, arguments.layers, dist.weights_dtype(self.config), device)
-        self.family, self.shape = family, decoder.config
+        self.family, self.shape, self.decoder = family, decoder.config, decoder
         facts = {**usual_keys(decoder.config), "pad_token_id": 0, "eos_token_id": 0}
         model = Pretrained(decoder, family, None, facts, None, mask_id)
         trainer = policy_trainer(model, self.config, self.accelerator, self.config.rollout.temperature)
+        gpu_bytes = gpu_memory(self.accelerator)
+        if gpu_bytes is not None and self.config.training.gradient_checkpointing_enable == "auto":
+            decoder.recomputed_layers = self.setup(gpu_bytes).num_recomputed
         self.trainer, self.update = trainer, PolicyUpdate(trainer, self.config, model.fill_id)
         self.weights = EngineWeights(self.accelerator, model)
         self.engine = build_engine(self.weights.decoder, family, arguments.active, "auto")
@@ -155,6 +170,7 @@ class Step:
             "tokens": sum(r.num_response for r in rollouts),
             "packed_tokens": metrics["train/num_tokens"],
             "gap": metrics["gap/logprob_mean"],
+            "graphs": max(dist.gather_objects(self.accelerator, self.engine.statistics.graphs)),
             "peak_gib": {name: max(dist.gather_objects(self.accelerator, value)) for name, value in peaks.items()},
         }
 
@@ -188,24 +204,36 @@ class Step:
         self.reset_peak()
         return value
 
+    def setup(self, gpu_bytes: float) -> Any:
+        """What the memory's estimate goes by (train/memory_items.py)."""
+        from train.memory_estimate import setup_of
+
+        return setup_of(self.config, "rl", self.family, self.shape, self.accelerator.num_processes, gpu_bytes)
+
     def estimate(self) -> dict[str, float]:
         """GiB that train/memory_items.py says torch will count; of the rollout without the cache, which torch does not see."""
-        from train.memory_estimate import setup_of
         from train.memory_items import estimate
 
-        ranks = self.accelerator.num_processes
-        items = estimate(setup_of(self.config, "rl", self.family, self.shape, ranks, 1e15))
+        items = estimate(dataclasses.replace(self.setup(1e15), recomputed_layers=self.decoder.recomputed_layers))
         rollout = sum(item.rollout for item in items if not item.name.startswith("keys and values"))
         return {"rollout": rollout / GIB, "update": sum(item.update for item in items) / GIB}
 
 
 def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: Path) -> None:
     """One point, in every rank; the main one writes it to `file`."""
+    from models.kernels.launch import fused_is_on
+
     if arguments.device == "cpu":
         torch.set_num_threads(1)
     num_tasks = arguments.tasks * (num_ranks if scaling == "weak" else max(arguments.gpus))
+    started = time.perf_counter()
     step = Step(arguments, num_ranks)
-    steps = [step(num_tasks, n) for n in range(1, arguments.warm_up + arguments.steps + 1)][arguments.warm_up :]
+    start_seconds, steps = time.perf_counter() - started, []
+    for n in range(1, arguments.warm_up + arguments.steps + 1):
+        steps.append(step(num_tasks, n))
+        if step.accelerator.is_main_process:  # of a call that is cut short, too
+            phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in steps[-1]["seconds"].items())
+            print(f"  step {n}: {phases} s, {steps[-1]['graphs']} graphs captured", file=sys.stderr, flush=True)
     if not step.accelerator.is_main_process:
         return
     result = {
@@ -214,9 +242,12 @@ def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: P
         "scaling": scaling,
         "gpus": num_ranks,
         "zero": arguments.zero if num_ranks > 1 else min(arguments.zero, 1),
-        "fused_kernels": arguments.fused,
+        "fused_kernels": fused_is_on(),
+        "recomputed_layers": step.decoder.recomputed_layers,
         "responses": num_tasks * arguments.samples,
-        **summarize(steps),
+        **summarize(steps[arguments.warm_up :]),
+        "start_seconds": start_seconds,  # model and optimizer, without imports
+        "seconds_of_steps": [s["seconds"]["step"] for s in steps],  # the warm-up first
         "estimated_gib": step.estimate(),
     }
     device = torch.cuda.get_device_name() if step.accelerator.device.type == "cuda" else "CPU"
@@ -241,6 +272,7 @@ def summarize(steps: list[dict[str, Any]]) -> dict[str, Any]:
         "update_packed_tokens_per_second": median(s["packed_tokens"] / s["seconds"]["update"] for s in steps),
         "idle_share": [median(shares) for shares in zip(*(s["idle_share"] for s in steps), strict=True)],
         "gap_logprob_mean": max(s["gap"] for s in steps),
+        "graphs_captured": sum(s["graphs"] for s in steps),
         "peak_gib": {name: max(s["peak_gib"][name] for s in steps) for name in ("rollout", "update")},
     }
 
@@ -263,13 +295,12 @@ def line(r: dict[str, Any]) -> str:
     idle = "/".join(f"{share:.1%}" for share in r["idle_share"])
     return (
         f"{r['scaling']}, {r['gpus']} GPUs, ZeRO-{r['zero']}: step {r['seconds']['step']:.2f} s ({phases}), "
-        f"{r['tokens_per_second']:,.0f} tokens/s, idle {idle}, update's peak {r['peak_gib']['update']:.1f} GiB "
-        f"(estimate {r['estimated_gib']['update']:.1f})"
+        f"{r['tokens_per_second']:,.0f} tokens/s, idle {idle}, gap {r['gap_logprob_mean']:.1e}, update's peak "
+        f"{r['peak_gib']['update']:.1f} GiB (estimate {r['estimated_gib']['update']:.1f})"
     )
 
 
 def report(results: list[dict[str, Any]]) -> None:
-    add_efficiency(results)
     for r in results:
         shares = ", ".join(f"{name} {r[f'{name}_efficiency']:.1%}" for name in ("step", "rollout", "update"))
         print(f"{r['scaling']}, {r['gpus']} GPUs: efficiency {shares}", flush=True)
@@ -292,12 +323,14 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--reveal", type=int, default=2, help="tokens a forward")
     parser.add_argument("--active", type=int, default=128, help="sequences in flight, of each GPU")
     parser.add_argument("--budget", type=int, default=16_384, help="tokens of a pack")
-    parser.add_argument("--fused", action="store_true", help="training.fused_kernels")
+    parser.add_argument("--fused", action=argparse.BooleanOptionalAction, default=True, help="training.fused_kernels")
+    parser.add_argument("--recompute", default="auto", choices=["auto", "true", "false"], help="layers in the backward")
     parser.add_argument("--warm-up", type=int, default=1, help="steps before the clock runs")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cuda", "cpu"])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--join", type=Path, nargs="*", default=[], help="JSON files of other calls, for efficiency beside them")
     parser.add_argument("--point", nargs=2, metavar=("SCALING", "FILE"), help=argparse.SUPPRESS)
     argv = sys.argv[1:] if argv is None else argv
     arguments = parser.parse_args(argv)
@@ -310,7 +343,9 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
             torch.distributed.barrier()
             torch.distributed.destroy_process_group()
         return []
-    results, found = [], {}
+    joined = [json.loads(file.read_text()) for file in arguments.join]
+    results, commands = [r for one in joined for r in one["results"]], [one["command"] for one in joined]
+    commands.append(subprocess.list2cmdline(["python", "-m", "benchmarks.rl_step", *argv]))
     with tempfile.TemporaryDirectory(prefix="unmask-rl-step-") as folder:
         for scaling in scalings:
             for gpus in arguments.gpus:
@@ -322,11 +357,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
                 found = json.loads(file.read_text())
                 results.append(found.pop("result"))
                 print(line(results[-1]), flush=True)
+                add_efficiency(results)
+                if arguments.out is not None:
+                    written = {"machine": found, "command": "; ".join(commands), "results": results}
+                    arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                    arguments.out.write_text(json.dumps(written, indent=1) + "\n")
     report(results)
-    if arguments.out is not None:
-        settings = subprocess.list2cmdline(["python", "-m", "benchmarks.rl_step", *argv])
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(json.dumps({"machine": found, "command": settings, "results": results}, indent=1) + "\n")
     return results
 
 

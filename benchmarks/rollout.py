@@ -295,6 +295,8 @@ def line(result: dict[str, Any]) -> str:
         words += [f"{result['tokens_per_forward']:.2f} tokens/forward", f"{result['ms_per_forward']:.2f} ms"]
     for key, text in [("share_of_limit", "of the limit"), ("share_of_steady", "of the steady rate")]:
         words += [f"{result[key]:.1%} {text}"] if key in result else []
+    if "graphs_captured_before" in result:
+        words.append(f"{result['graphs_captured_before']} graphs captured before, {result['statistics']['graphs']} meanwhile")
     if "split" in result:
         split = result["split"]
         words.append(

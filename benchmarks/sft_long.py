@@ -90,7 +90,7 @@ class Update:
     def __init__(self, decoder: Decoder, arguments: argparse.Namespace, length: int) -> None:
         self.arguments, self.device = arguments, arguments.device
         mask_id = MASK_IDS.get(arguments.shape, MASK_ID)
-        decoder.gradient_checkpointing = not arguments.keep_activations
+        decoder.recomputed_layers = 0 if arguments.keep_activations else decoder.config.num_layers
         self.policy = Policy(decoder, [mask_id], backend=arguments.backend, head_chunk=arguments.head_chunk).to(self.device)
         document = long_document(arguments, length, mask_id)
         predictions = number([document])

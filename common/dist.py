@@ -232,7 +232,7 @@ def full_gradients(accelerator: Accelerator, model: torch.nn.Module) -> Iterator
 
     One parameter at a time is gathered under ZeRO: use it up before asking for the next. None: no gradient reached it.
     """
-    bare = accelerator.unwrap_model(model)
+    bare = getattr(model, "module", model)  # what DDP or DeepSpeed wraps; accelerate would import DeepSpeed to find out
     for name, parameter in bare.named_parameters():
         if not parameter.requires_grad:
             continue
@@ -321,7 +321,8 @@ def main_first(accelerator: Accelerator) -> Iterator[None]:
 
 
 class Stopwatch:
-    """Seconds spent per phase, of the device too: a GPU's queue is waited for at both ends.
+    """Seconds spent per phase, of the device too: a GPU's queue is waited for at both ends. A phase within a phase is
+    counted once, as itself, so that all together are the time that has gone by.
 
     >>> watch = Stopwatch(accelerator)
     >>> with watch("rollout"): ...
@@ -334,11 +335,12 @@ class Stopwatch:
 
     @contextmanager
     def __call__(self, phase: str) -> Iterator[None]:
-        start = self._now()
+        start, counted = self._now(), sum(self.seconds.values())
         try:
             yield
         finally:
-            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start
+            within = sum(self.seconds.values()) - counted
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + self._now() - start - within
 
     def slowest(self) -> dict[str, float]:
         """Of every phase the most that any rank took, on every rank; all ranks together."""

@@ -58,8 +58,8 @@ def is_disk_full(error: BaseException | None) -> bool:
 
 ROOT = Path(__file__).resolve().parents[1]
 MEMORY_ADVICE = {
-    "train": "lower training.max_tokens_per_microbatch (or training.head_chunk), recompute activations "
-    "(training.gradient_checkpointing_enable), or share more: ZeRO-3, training.lora, more GPUs",
+    "train": "lower training.max_tokens_per_microbatch (or training.head_chunk), recompute all activations "
+    "(training.gradient_checkpointing_enable=true), or share more: ZeRO-3, training.lora, more GPUs",
     "sample": "lower rollout.max_active or rollout.max_token",
     "": "share more (ZeRO-3, training.lora, more GPUs), or lower training.max_tokens_per_microbatch and rollout.max_active",
 }

@@ -7,10 +7,11 @@ Keys are flat, `group/name`:
     gap/*      logprob_mean, logprob_max, k3: engine against trainer
     eval/NAME/accuracy, ...
     judge/*    what the judge was asked and said (docs/judge.md)
-    time/*     seconds of a phase;  rate/*  tokens per second;  memory/*  GiB
+    time/*     seconds of a phase;  rate/*  tokens per second;  memory/*  GiB, recomputed layers
 
 `metrics.jsonl` in the run directory holds one line per step, {"step": N, key: number, ...}. A step may have a second line
-(an evaluation that came later): readers join them.
+(an evaluation that came later): readers join them. With `logging.gradient_norms_every`, `gradient_norms.jsonl` holds a line per
+measured optimizer step: {"step": N, "model": policy or value, "optimizer_step": n, "norms": {published name: norm}}.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from common.records import Rollout, ScoredRollout, write_jsonl
 from common.step_line import Clock, fit_line, line_fields
 
 METRICS_FILE = "metrics.jsonl"
+GRADIENT_NORMS_FILE = "gradient_norms.jsonl"
 VARYING_GROUPS = ("time/", "rate/", "memory/", "judge/")
 
 
@@ -124,6 +126,11 @@ def read_metrics(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
     return [steps[step] for step in sorted(steps)]
 
 
+def read_gradient_norms(run_dir: str | os.PathLike) -> list[dict[str, Any]]:
+    """The lines of gradient_norms.jsonl, in the order in which they were written; a torn last line is left out."""
+    return _read_rows(Path(run_dir) / GRADIENT_NORMS_FILE)
+
+
 def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     with open(path, encoding="utf-8", errors="replace") as file:
@@ -151,6 +158,33 @@ def _plain_number(value: Any) -> float | int | None:
     return value if math.isfinite(value) else None
 
 
+class StepLines:
+    """A file of JSON lines with a step each, which grows line by line and is cut back where a run is taken up again."""
+
+    def __init__(self, path: Path) -> None:
+        """Mends what a kill has left of the last line."""
+        self.path = path
+        with _disk_errors(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_torn_tail(path)
+
+    def append(self, row: dict[str, Any]) -> None:
+        """The line is on the disk when this returns."""
+        with _disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate_after(self, step: int) -> None:
+        """Forget steps beyond `step`. The file is replaced whole."""
+        if not self.path.exists():
+            return
+        with _disk_errors(self.path):
+            rows = _read_rows(self.path)
+            if any(row["step"] > step for row in rows):
+                write_jsonl(self.path, [row for row in rows if row["step"] <= step])
+
+
 class MetricsLog:
     """Keeps the metrics of a run: metrics.jsonl always, wandb and tensorboard when asked for.
 
@@ -167,9 +201,7 @@ class MetricsLog:
         self._clock = Clock()
         self._resumed_after: int | None = None
         if is_main:
-            with _disk_errors(self.path):
-                self.run_dir.mkdir(parents=True, exist_ok=True)
-                _drop_torn_tail(self.path)
+            self._metrics, self._norms = StepLines(self.path), StepLines(self.run_dir / GRADIENT_NORMS_FILE)
 
     def write(self, step: int, metrics: dict[str, Any]) -> None:
         """Append the metrics of one step, on the disk when it returns. What is not finite is written as null, and warned of."""
@@ -181,21 +213,25 @@ class MetricsLog:
         lost = [key for key, value in row.items() if value is None and metrics[key] is not None]
         if lost:
             warn(f"step {step}: not a finite number, written as null: {', '.join(lost)}")
-        with _disk_errors(self.path), open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        self._metrics.append(row)
         self._forward(step, {key: value for key, value in row.items() if key != "step" and value is not None})
 
-    def truncate_after(self, step: int) -> None:
-        """Forget steps beyond `step`, which a resumed run does again. The file is replaced whole."""
-        self._resumed_after = step
-        if not self.is_main or not self.path.exists():
+    def write_gradient_norms(self, step: int, model: str, optimizer_step: int, norms: dict[str, float]) -> None:
+        """Append the gradient norms of one optimizer step of `model` to a file of their own. What is not finite is null there."""
+        if not self.is_main:
             return
-        with _disk_errors(self.path):
-            rows = _read_rows(self.path)
-            if any(row["step"] > step for row in rows):
-                write_jsonl(self.path, [row for row in rows if row["step"] <= step])
+        values = {name: _plain_number(value) for name, value in norms.items()}
+        lost = [name for name, value in values.items() if value is None]
+        if lost:
+            warn(f"step {step}: gradients of {len(lost)} of {len(values)} tensors of the {model} are not finite, first {lost[0]}'s")
+        self._norms.append({"step": int(step), "model": model, "optimizer_step": optimizer_step, "norms": values})
+
+    def truncate_after(self, step: int) -> None:
+        """Forget steps beyond `step`, which a resumed run does again."""
+        self._resumed_after = step
+        if self.is_main:
+            self._metrics.truncate_after(step)
+            self._norms.truncate_after(step)
 
     def line(self, step: int, total: int | None, metrics: dict[str, Any]) -> None:
         """Print the line of one step. On a terminal the last fields give way where the window is narrow."""

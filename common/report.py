@@ -16,7 +16,7 @@ from typing import Any, Sequence
 from urllib.parse import quote
 
 from common.errors import UserError, entry_point
-from common.metrics import METRICS_FILE, read_metrics
+from common.metrics import GRADIENT_NORMS_FILE, METRICS_FILE, read_metrics
 from common.page import finite, render_page, write_page
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -93,7 +93,7 @@ def run_files(run_dir: Path) -> list[dict[str, Any]]:
         ("Checkpoints", sorted(run_dir.glob("ckpt/*"), key=_natural, reverse=True)),
         ("Results", sorted(run_dir.glob("results/*"), key=_natural, reverse=True)),
         ("Rollouts", sorted(run_dir.glob("rollouts/*.jsonl"), key=_natural, reverse=True)),
-        ("Numbers", [run_dir / METRICS_FILE, run_dir / "config.yaml"]),
+        ("Numbers", [run_dir / METRICS_FILE, run_dir / GRADIENT_NORMS_FILE, run_dir / "config.yaml"]),
     )
     listed = []
     for kind, paths in kinds:

@@ -2,6 +2,7 @@
 
 config.yaml      the resolved settings
 metrics.jsonl    a line per step
+gradient_norms.jsonl   of every tensor, where they are asked for
 rollouts/        step_000012.jsonl: every scored response of that RL step
 ckpt/            Hugging Face checkpoints: optimized, step-N
 state/           step_000012/: what resuming needs (the newest one is kept)

@@ -23,7 +23,7 @@ class Clock:
         return (time.monotonic() - self.started) / max(done, 1) * max(total - step, 0)
 
 
-PHASES = ("rollout", "reward", "update", "validation", "evaluation", "save")  # time/PHASE_seconds, in the order of a step
+PHASES = ("rollout", "reward", "update", "validation", "evaluation", "save", "offload")  # time/PHASE_seconds, in a step's order
 
 
 def line_fields(step: int, total: int | None, metrics: dict[str, Any], eta_seconds: float | None = None) -> list[tuple[int, str]]:

@@ -43,6 +43,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         training.max_grad_norm training.max_steps training.batch_size training.eval_every
         training.lora.alpha
         optimizer.params.epsilon
+        logging.gradient_norms_every
         """
         + _of_decoding("block_size denoising_steps_per_block max_token steps max_active pad_target_penalty"),
     ),

@@ -74,7 +74,8 @@ def _type(annotation: str) -> str:
     nullable = " | None" in annotation
     kind = annotation.replace(" | None", "")
     if kind.startswith("Literal["):
-        kind = " | ".join(choice.strip(" '") for choice in kind[len("Literal[") : -1].split(","))
+        choices = [choice.strip(" '") for choice in kind[len("Literal[") : -1].split(",")]
+        kind = " | ".join({"True": "true", "False": "false"}.get(choice, choice) for choice in choices)
     return kind + (" | null" if nullable else "")
 
 

@@ -297,6 +297,8 @@ def _assign(tree: Any, key: str, value: Any, where: str) -> None:
         raise UserError(got)
     if base is float and value is not None and isinstance(value, (int, float)) and not math.isfinite(value):
         raise UserError(f"{got} that is finite")
+    if typing.get_origin(base) is Literal and True in typing.get_args(base):  # as of a bool
+        value = {"true": True, "false": False, "1": True, "0": False}.get(str(value).lower(), value)
     try:
         OmegaConf.update(tree, key, value)
     except OmegaConfBaseException:
@@ -326,6 +328,7 @@ def describe(hint: Any) -> str:
     base = _without_null(hint)
     if typing.get_origin(base) is Literal:
         words = "one of " + ", ".join(str(choice) for choice in typing.get_args(base))
+        words = words.replace("True, False", "true, false")
     elif typing.get_origin(base) is list:
         items = {str: "texts", int: "whole numbers", float: "numbers"}
         words = f"a list of {items[typing.get_args(base)[0]]}"

@@ -70,7 +70,7 @@ class Model:
     value_shared: bool = False
     """Use a value head on the policy's own trunk instead of a second model."""
     value_offload: Literal["auto", "always", "never"] = "auto"
-    """Move the value model and its optimizer off the GPU during the rollout. auto: where under a third of the memory is free."""
+    """Move the value model and its optimizer to the host during the rollout. auto: as training.offload_optimizer."""
     process_reward_model: str | None = None
     """Given: a language model that grades solutions chunk by chunk. See reward.judge, where it may run as a server instead."""
     vq_model_path: str | None = None
@@ -395,15 +395,20 @@ class Training:
     """Rows of logits computed at a time."""
     attention_backend: Literal["auto", "dense", "flex"] = "auto"
     """auto: FlexAttention on a GPU, dense on CPU."""
-    fused_kernels: bool = False
+    fused_kernels: bool = True
     """On a GPU: norms, rotary positions, SwiGLU and the vocabulary's part of the update in Triton kernels, and bf16 canvases by
-    variable-length attention. Not run on a GPU so far, so not the default."""
+    variable-length attention. false: plain torch."""
+    offload_optimizer: Literal["auto", "always", "never"] = "auto"
+    """Move optimizer states, gradients and a frozen reference (under ZeRO-3 the trainer's weights too) to the host while the engine
+    samples, and back, bit for bit. auto: where the free GPU memory does not hold the keys and values of all sequences that may be
+    in flight, and the host has place."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
     enable_tf32: bool = True
     """TF32 products for float32 on NVIDIA GPUs."""
-    gradient_checkpointing_enable: bool = True
-    """Recompute activations layer by layer in the backward."""
+    gradient_checkpointing_enable: Literal[True, False, "auto"] = "auto"
+    """Recompute activations layer by layer in the backward: memory against time, never the result. True: of every layer. auto: of
+    as few as leave the update within the GPU's memory by the estimate of it (docs/scaling.md); on a CPU of none."""
     seed: int = 10086
     """Of everything random."""
     max_grad_norm: float | None = 1.0
@@ -519,10 +524,13 @@ class Wandb:
 
 @dataclass
 class Logging:
-    """Other places to log to; metrics.jsonl is always written."""
+    """What else to log; metrics.jsonl is always written."""
 
     tensorboard: bool = False
     """Write event files to the run directory too."""
+    gradient_norms_every: int | None = None
+    """Every so many optimizer steps the norm of the gradient of every tensor of the checkpoint is written to gradient_norms.jsonl;
+    null: never."""
 
 
 @dataclass

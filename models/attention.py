@@ -25,7 +25,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Attend
-from models.kernels.launch import fused_is_on
+from models.kernels.launch import fused_is_on, use_kernel
+from models.kernels.tiles import count_visible
 
 TILE = 128
 """Tokens of a tile of FlexAttention's mask: those of 64 do not compile, those of 256 are slower."""
@@ -52,6 +53,8 @@ class TokenIds:
     """The token's own document where its group shares nothing; None: no group does."""
     whole: WholeDocuments | None = None
     """Given where it is known that a document's tokens all see each other, and nothing else."""
+    attended_length: int = 0
+    """Tokens that FlexAttention fills the row up to, if it is shorter: one size for all rows of a job, which is compiled once."""
 
     def to(self, device: torch.device | str) -> TokenIds:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -153,9 +156,12 @@ def kernel_options(q: Tensor) -> dict[str, int] | None:
 
 
 def tile_pairs(ids: TokenIds) -> Tensor:
-    """int32 [N/TILE, N/TILE], rounded up: how many pairs of each tile are visible. A few rows of tiles at a time, so that no
-    [N, N] mask is held."""
+    """int32 [N/TILE, N/TILE], rounded up: how many pairs of each tile are visible. No [N, N] mask is held: torch takes a few rows
+    of tiles at a time."""
     n = len(ids.document)
+    if use_kernel(ids.document):
+        prefix = ids.document if ids.prefix is None else ids.prefix
+        return count_visible(ids.document, prefix, ids.block, ids.slice, TILE)
     num_tiles = -(-n // TILE)
     narrow = TokenIds(*(x.int() for x in (ids.document, ids.block, ids.slice)), None if ids.prefix is None else ids.prefix.int())
     step = max(1, 2**26 // (n * TILE)) * TILE
@@ -206,11 +212,12 @@ def block_mask(ids: TokenIds, length: int | None = None) -> Any:
 def flex_attention(ids: TokenIds) -> Attend:
     """FlexAttention: empty tiles of the mask cost nothing, and no [N, N] mask is held. CUDA only (no backward on CPU).
 
-    A row of whole tiles is filled up to one of few sizes for attention alone, which is compiled anew for each: to run the other
-    layers on that many tokens would cost more than the copies. The tiles of the filling are empty.
+    A row of whole tiles is filled up for attention alone, which is compiled anew for each size: to `TokenIds.attended_length`, and
+    if it is longer to one of few sizes. To run the other layers on that many tokens would cost more than the copies. The tiles of
+    the filling are empty.
     """
     n = len(ids.document)
-    length = padded_length(n) if n % TILE == 0 else n
+    length = padded_length(max(n, ids.attended_length)) if n % TILE == 0 else n
     attention, mask = _compiled_flex(), block_mask(ids, length)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -130,14 +130,17 @@ class Decoder(nn.Module):
         self.lm_head = Head(c)
         if c.tie_word_embeddings:
             self.lm_head.weight = self.embed.weight
-        self.gradient_checkpointing = False
+        self.recomputed_layers = 0
+        """Of the layers the first so many keep their input alone, and the backward computes the rest of them anew (activation
+        checkpointing). The first, for the backward comes to them when the others have given back what they kept: what one of them
+        then has for its own backward finds that room empty. Were they the last, it would come on top of all that the first keep."""
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """input_ids [N], positions [N] -> hidden states [N, D] after the final norm."""
         x = self.embed(input_ids)
         cos, sin = rope_cos_sin(positions, self.config.head_dim, self.config.rope_theta, x.dtype)
         for n, layer in enumerate(self.layers):
-            if self.gradient_checkpointing and torch.is_grad_enabled():
+            if n < self.recomputed_layers and torch.is_grad_enabled():
                 x = checkpoint(layer, x, cos, sin, n, attend, use_reentrant=False)
             else:
                 x = layer(x, cos, sin, n, attend)

@@ -16,15 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from common.errors import UserError
 from common.records import Rollout
-from models.decoder import Attend, Decoder
+from models.decoder import Decoder
 from models.family import Family
 from sample import noise
-from sample.canvas_cache import Item, canvas_attention, canvases_that_fit, group_items
+from sample.canvas_cache import Item, Rows, canvas_attention, canvases_that_fit, group_items, place_rows
 from sample.canvas_schedule import blocks_of, count_at, counts_of
 from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.kv_cache import KVCache
@@ -32,6 +33,12 @@ from sample.queue import WorkQueue
 from sample.registry import UNMASKING
 from sample.sampling import Draws, draw_rows
 from sample.unmask import Candidates
+
+
+def send(arrays: list[np.ndarray], device: torch.device) -> list[Tensor]:
+    """Arrays of whole numbers, as int64 on the device, in one copy."""
+    packed = torch.from_numpy(np.concatenate([x.ravel() for x in arrays])).to(device, non_blocking=True)
+    return [x.view(original.shape) for x, original in zip(packed.split([x.size for x in arrays]), arrays)]
 
 
 def canvas_end(request: Request, sample: int, settings: SamplingSettings) -> int:
@@ -101,7 +108,7 @@ class CanvasGeneration:
         self.clocks: dict[int, Clock] = {}  # by slot
         self.num_slots, self.length = slots
         self.done: list[int] = []
-        self.masked = torch.zeros(self.num_slots, settings.block_size, dtype=torch.bool)  # host: of the slots' blocks
+        self.masked = np.zeros((self.num_slots, settings.block_size), dtype=bool)  # of the slots' blocks
 
         device = engine.decoder.device
         self.tokens = torch.full(slots, settings.mask_id, device=device)
@@ -142,7 +149,7 @@ class CanvasGeneration:
 
     def _begin_block(self, slot: int) -> None:
         self.clocks[slot].step = 0
-        self.masked[slot] = torch.arange(self.masked.shape[1]) < self.clocks[slot].size
+        self.masked[slot] = np.arange(self.masked.shape[1]) < self.clocks[slot].size
 
     def _item(self, slot: int) -> Item:
         """What the next forward computes of a canvas."""
@@ -182,17 +189,12 @@ class CanvasGeneration:
         """One forward of the model: items -> forward -> draw -> reveal -> advance."""
         items, device = self._next_items(), self.tokens.device
         clocks = [self.clocks[item.slot] for item in items]
-        rows, facts, candidates = self._lay_out(items, clocks)
-        groups = group_items(items, device)
-        # Everything that the device has to be told, in one copy.
-        sizes = [len(x) for x in (*rows, *facts, candidates.flatten())]
-        packed = torch.cat([*rows, *facts, candidates.flatten()]).to(device, non_blocking=True).split(sizes)
-        positions, entries, (head_rows, at, head_entries, head_positions, slots, forwards), count, masked = (
-            packed[0], packed[1], packed[2:8], packed[8], packed[9].bool().view(candidates.shape),
-        )  # fmt: skip
+        rows = self.place(items)
+        head, count, candidates = self._predictions(items, clocks, rows.first)
+        numbers, tiles, head, count, candidates = send([rows.numbers, rows.tiles, head, count, candidates], device)
+        (head_rows, at, head_entries, head_positions, slots, forwards), masked = head, candidates.bool()
 
-        attend = canvas_attention(groups, self.cache)
-        hidden = self.forward(self.tokens.view(-1)[entries], positions, entries, attend)  # [N, D]
+        hidden = self.forward(items, numbers, tiles)  # [N, D]
         keys = noise.row_keys(self.key[slots], head_positions, forwards)
         draws = self.draw(hidden[head_rows], keys)
         reveal = self.reveal(self._candidates(draws, keys, at, masked, count), self.settings)  # [n, B]
@@ -208,47 +210,49 @@ class CanvasGeneration:
             stopped.view(-1)[at] = revealed & torch.isin(draws.tokens, self.stop_ids)
         self.statistics.engine_forwards += 1
         self.statistics.sequence_forwards += len(items)
-        status = torch.stack([reveal, stopped]).cpu()  # the one read of the step
+        status = torch.stack([reveal, stopped]).cpu().numpy()  # the one read of the step
         self._advance([item.slot for item in items], *status)
 
-    def forward(self, tokens: Tensor, positions: Tensor, entries: Tensor, attend: Attend) -> Tensor:
-        """Hidden states [N, D] of rows; entries int64 [N]: slot*T + position, where their keys and values are stored."""
+    def place(self, items: list[Item]) -> Rows:
+        """The rows of the forward over `items`."""
+        return place_rows(items, self.length)
+
+    def forward(self, items: list[Item], numbers: Tensor, tiles: Tensor) -> Tensor:
+        """Hidden states [N, D] of the rows of `items`; numbers and tiles are those of `place`, on the device."""
+        positions, entries = numbers
+        attend = canvas_attention(group_items(items, entries.device), self.cache)
 
         def store_and_attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.cache is not None:
                 self.cache.write(layer, entries, k, v)
             return attend(layer, q, k, v)
 
-        return self.decoder(tokens, positions, store_and_attend)
+        return self.decoder(self.tokens.view(-1)[entries], positions, store_and_attend)
 
     def draw(self, hidden: Tensor, keys: Tensor) -> Draws:
         """A token for each of the rows [M, D] that predict, with noise keys int32 [M, 2]."""
         return draw_rows(self.decoder, hidden, keys, self.settings, self.forbidden)
 
-    def _lay_out(self, items: list[Item], clocks: list[Clock]) -> tuple[list[Tensor], list[Tensor], Tensor]:
-        """What a forward over `items` computes and predicts (host tensors):
+    def _predictions(
+        self, items: list[Item], clocks: list[Clock], first_row: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a forward over `items` predicts (on the host); first_row [n]: of each item.
 
-        [positions, entries], each int64 [N]; [rows that predict, place in the grid of blocks, entry and position of the predicted
-        token, its slot, number of the forward], each int64 [M], and the schedule's count [n]; candidates bool [n, B].
+        int64 [6, M] (rows that predict; place in the grid of blocks, entry and position of the predicted token, its slot, number of
+        the forward), the schedule's count int64 [n], candidates bool [n, B].
         """
-        slot, start, num_rows = (torch.tensor([getattr(item, name) for item in items]) for name in ("slot", "start", "rows"))
-        first_row = num_rows.cumsum(0) - num_rows  # [n]
-        positions = torch.arange(int(num_rows.sum())) - (first_row - start).repeat_interleave(num_rows)
-        entries = (slot * self.length).repeat_interleave(num_rows) + positions
-
-        candidates = self.masked[slot].clone()  # [n, B]
+        slot, start, block_start, forwards, count = np.array(
+            [(item.slot, item.start, clock.start, clock.forwards, clock.count) for item, clock in zip(items, clocks)]
+        ).T
+        candidates = self.masked[slot]  # [n, B], a copy
         if self.family.first_token_from_refresh:
-            first = torch.tensor([clock.step == 0 for clock in clocks])
-            candidates[first, 1:] = False
-        item, offset = candidates.nonzero().unbind(1)  # [M]
-        block_start, forwards, count = (
-            torch.tensor([getattr(clock, name) for clock in clocks]) for name in ("start", "forwards", "count")
-        )
+            candidates[[clock.step == 0 for clock in clocks], 1:] = False
+        item, offset = candidates.nonzero()  # [M]
         predicted = block_start[item] + offset
         head_rows = (first_row - start)[item] + predicted - self.family.logit_shift
         at = item * candidates.shape[1] + offset
         head = [head_rows, at, slot[item] * self.length + predicted, predicted, slot[item], forwards[item]]
-        return [positions, entries], [*head, count], candidates
+        return np.stack(head), count, candidates
 
     def _candidates(self, draws: Draws, keys: Tensor, at: Tensor, masked: Tensor, count: Tensor) -> Candidates:
         """What the strategy sees: numbers of the M rows at their places of the grid [n, B]."""
@@ -265,7 +269,7 @@ class CanvasGeneration:
         score, entropy, *ranking = grid.unflatten(1, masked.shape)
         return Candidates(masked, score, entropy, count, least=1, ranking=ranking[0] if ranking else None)
 
-    def _advance(self, slots: list[int], reveal: Tensor, stopped: Tensor) -> None:
+    def _advance(self, slots: list[int], reveal: np.ndarray, stopped: np.ndarray) -> None:
         """Go to the next step of the block, to the next block, or be done.
 
         reveal, stopped bool [n, B], on the host: what was revealed, and of that what is a stop token (`stop_early`).
@@ -305,6 +309,8 @@ class CanvasEngine(Engine):
 
     generation = CanvasGeneration
     """What one call runs."""
+    length_unit = 1
+    """The positions of a slot are a multiple of it."""
 
     def __init__(self, decoder: Decoder, family: Family, max_active: int = 256) -> None:
         super().__init__(decoder, family, max_active)
@@ -331,12 +337,18 @@ class CanvasEngine(Engine):
                     f"prompt of task {request.task_id}: it is empty, and {self.family.name} predicts a token from the one before it"
                 )
         length = max(canvas_end(request, n, settings) for request in requests for n in range(request.num_samples))
-        has_cache = settings.cache != "none"
-        if not has_cache or (self.cache is not None and not self.cache.fits(config, wanted, length, dtype, device)):
+        length = -(-length // self.length_unit) * self.length_unit
+        num_layers = self.stored_layers(settings)
+        stored = dataclasses.replace(config, num_layers=num_layers)
+        if self.cache is not None and not (num_layers and self.cache.fits(stored, wanted, length, dtype, device)):
             self.release()
         if self.cache is not None:
             return min(wanted, self.cache.num_slots), self.cache.length, self.max_rows
-        num_slots, self.max_rows = canvases_that_fit(config, wanted, length, has_cache, dtype, device)
-        if has_cache:
-            self.cache = KVCache(config, num_slots, length, dtype, device)
+        num_slots, self.max_rows = canvases_that_fit(config, wanted, length, settings.cache != "none", dtype, device)
+        if num_layers:
+            self.cache = KVCache(stored, num_slots, length, dtype, device)
         return num_slots, length, self.max_rows
+
+    def stored_layers(self, settings: SamplingSettings) -> int:
+        """Layers whose keys and values are kept."""
+        return self.decoder.config.num_layers if settings.cache != "none" else 0

@@ -2,7 +2,7 @@
 
 A *canvas* is a prompt and the whole response, masks included: T positions that all see one another. A forward holds one item per
 canvas: all of it (a *refresh*), or a *window* of it, whose rows see the keys of their own item and, of what is outside, those that
-the last refresh stored. Rows of all items are packed, without padding. Within a layer the rows' keys and values are stored first;
+the last refresh stored. Rows of all items are packed, without padding (but see sample/canvas_graphs.py). Within a layer the rows' keys and values are stored first;
 then an item sees the first `num_keys` entries of its slot: what is behind the window is either as the refresh left it (dual
 cache) or beyond `num_keys` (prefix cache with a horizon).
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -69,6 +70,39 @@ class Group:
     """bool [M, 1, 1, num_keys], True = visible; None: every item sees them all."""
 
 
+@dataclass
+class Rows:
+    """Where the rows of a forward's items are: on the host, int64."""
+
+    first: np.ndarray
+    """[n]: first row of each item."""
+    numbers: np.ndarray
+    """[2, N]: position of each row, and slot*T + position, its entry in the cache. Rows that pad: 0 and -1."""
+    tiles: np.ndarray
+    """[2, tiles]: slot of each tile of rows, and how many of the slot's entries it sees. Tiles that pad: -1 and 0."""
+
+
+def place_rows(items: list[Item], length: int, tile: int = 1, num_tiles: int | None = None) -> Rows:
+    """Rows of `items` in slots of `length` positions: one item behind the other; or, with `num_tiles`, each in whole tiles of
+    `tile` rows, padded, and the forward padded to so many."""
+    # numpy: its operations on a few numbers take a tenth of torch's time, while the GPU waits.
+    slot, start, num_rows, num_keys = np.array([(item.slot, item.start, item.rows, item.num_keys) for item in items]).T
+    tiles_of = -(-num_rows // tile)  # [n]
+    first = (tiles_of.cumsum() - tiles_of) * tile
+    item = np.arange(len(items)).repeat(tiles_of * tile)  # [N], without the tiles that pad
+    offset = np.arange(len(item)) - first[item]
+    positions = start[item] + offset
+    numbers = np.stack([positions, slot[item] * length + positions])
+    if num_tiles is None:
+        return Rows(first, numbers, np.empty((2, 0), dtype=np.int64))
+    padded = np.repeat([[0], [-1]], num_tiles * tile, axis=1)
+    padded[:, : len(item)] = np.where(offset < num_rows[item], numbers, padded[:, : len(item)])
+    item_of_tile = item[::tile]
+    tiles = np.repeat([[-1], [0]], num_tiles, axis=1)
+    tiles[:, : len(item_of_tile)] = slot[item_of_tile], num_keys[item_of_tile]
+    return Rows(first, padded, tiles)
+
+
 def group_items(items: list[Item], device: torch.device) -> list[Group]:
     """Groups of `items`, which are in the order of their shapes."""
     groups, first = [], 0
@@ -115,14 +149,16 @@ def canvases_that_fit(
     c: DecoderConfig, wanted: int, length: int, has_cache: bool, dtype: torch.dtype, device: torch.device
 ) -> tuple[int, int]:
     """(canvases of `length` positions in flight, rows of a forward): `wanted` and ROWS_AT_A_TIME, or fewer where the GPU's free
-    memory says so. Without a cache more canvases than fit into a forward would only wait.
+    memory says so. Without a cache more canvases than fit into a forward would only wait, and the keys and values of one layer
+    are stored at most (sample/canvas_graphs.py).
 
     Raises UserError where not even one fits.
     """
     rows = max(length, ROWS_AT_A_TIME)
     if device.type == "cuda":
-        stored = 2 * c.num_layers * c.num_kv_heads * c.head_dim * dtype.itemsize * length if has_cache else 0
-        computed = row_bytes(c, dtype.itemsize)
+        layer = 2 * c.num_kv_heads * c.head_dim * dtype.itemsize
+        stored = c.num_layers * layer * length if has_cache else 0
+        computed = row_bytes(c, dtype.itemsize) + (0 if has_cache else layer)
         free = free_memory(device)
         usable = int(MEMORY_SHARE * free) - LOGITS_BYTES
         if usable < stored + length * computed:

@@ -50,6 +50,7 @@ class ChunkedLogProbs(torch.autograd.Function):
                 grad_hidden[rows] = grad @ weight
             if grad_weight is not None:
                 add_matmul_float32(grad_weight, grad.t(), hidden[rows])
+            del grad  # before the next chunk's logits are made
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, Callable, Iterator
 
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from common import dist
 from models.attention import TILE
 from models.checkpoint import Pretrained
+from train.gradient_norms import GradientNorms
 from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
-from train.offload import Offloaded
+from train.offload import Offload
 from train.optim import build_optimizer, learning_rate
 from train.packing import Document, Pack, assign, build_pack
 
@@ -22,6 +24,12 @@ from train.packing import Document, Pack, assign, build_pack
 def pack_multiple(device: torch.device) -> int:
     """What packs are filled up to a multiple of: on CUDA whole tiles of the mask."""
     return TILE if device.type == "cuda" else 1
+
+
+def attended_length(budget: int) -> int:
+    """`TokenIds.attended_length` of packs of up to so many tokens: all of them of one size, unless they are long. To fill a short
+    pack up that far would cost more than to compile for it."""
+    return min(budget, 16_384)
 
 
 @dataclass
@@ -107,11 +115,15 @@ class Trainer:
         self.mask_id, self.logit_shift = model.mask_id, model.family.logit_shift
         self.layout = Layout(model.family.attention, config.training)
         """How responses become documents for this family."""
-        model.decoder.gradient_checkpointing = config.training.gradient_checkpointing_enable
+        all_layers = model.decoder.config.num_layers
+        # auto: none, unless the job's start knows of a GPU's memory (train/run.py).
+        model.decoder.recomputed_layers = all_layers if config.training.gradient_checkpointing_enable is True else 0
         self.optimizer = build_optimizer(module, config, peak_rate)
+        self.gradient_norms = GradientNorms(module, model, config.logging.gradient_norms_every)
         self.module, self.wrapped_optimizer = accelerator.prepare(module, self.optimizer)
         self.num_steps = 0
         """Optimizer steps taken: the version of the weights."""
+        self.offload = Offload(accelerator.device)
 
     def micro_batches(self, documents: list[Document]) -> Packs:
         """This rank's packs; their number is the same on every rank."""
@@ -122,7 +134,8 @@ class Trainer:
         shares = {"auto": saves, "always": True, "never": False}[self.config.training.shared_prompts]
         own = assign(documents, budget, self.accelerator.num_processes, shares)[self.accelerator.process_index]
         round_to = pack_multiple(self.accelerator.device)
-        return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares))
+        attended = attended_length(budget)
+        return Packs(own, lambda d: build_pack(d, self.mask_id, round_to, self.logit_shift, shares, attended))
 
     @torch.no_grad()
     def outputs(
@@ -132,6 +145,7 @@ class Trainer:
 
         module: another one (a frozen reference) instead of the trained one; output: its place among the outputs.
         """
+        assert not self.is_resting
         table = torch.zeros(num_predictions, dtype=torch.float32, device=self.accelerator.device)
         for pack in self.micro_batches(documents):
             pack = pack.to(self.accelerator.device)
@@ -147,6 +161,7 @@ class Trainer:
         tables: `Tables`, or what another kind of module has in its place (train/value.py). progress: share of the run that is done,
         0..1, for the learning rate.
         """
+        assert not self.is_resting
         rate = learning_rate(self.peak_rate, self.config.lr_scheduler, progress, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -162,19 +177,36 @@ class Trainer:
                 dist.backward(self.accelerator, self.module, output.loss)
             with torch.no_grad():
                 totals.add(output, tables.diagnose(x, outputs), pack)
+        self.gradient_norms.measure(self.accelerator, self.module, self.num_steps + 1)
         norm = dist.optimizer_step(self.accelerator, self.module, self.wrapped_optimizer, self.config.training.max_grad_norm)
         self.num_steps += 1
         return totals.reduce(self.accelerator, norm, rate)
 
-    def offload(self) -> Offloaded:
-        """Take weights, gradients and optimizer states off the GPU until the result's `restore` is called."""
-        device_type = self.accelerator.device.type
+    @property
+    def is_resting(self) -> bool:
+        return bool(self.offload.moved)
+
+    def rest(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
+        """Take gradients and optimizer states off the GPU until `wake`, and the weights unless they are needed meanwhile.
+
+        False, with nothing moved, where the host would have to give more than `new_host_bytes` for it.
+        """
+        things: list[Any] = [self.module, self.optimizer]
+        buckets: dict[Any, Any] = {}  # of gradients on their way to other ranks
         if dist.uses_deepspeed(self.accelerator):
-            return Offloaded([self.module.module, self.module.optimizer, self.optimizer], device_type)
-        return Offloaded([self.module, self.optimizer], device_type)
+            things = [self.module.module, self.module.optimizer, self.optimizer]
+            buckets = getattr(self.module.optimizer, "ipg_buckets", {})
+        weights = [*things[0].parameters(), *things[0].buffers()]
+        stays = [weight.data for weight in weights] if keeps_weights else []  # not what hangs on them
+        return self.offload.leave(things, stays, [buckets], new_host_bytes)
+
+    def wake(self) -> None:
+        """Have all back, bit for bit; nothing to do where it is here."""
+        self.offload.come_back()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the main process; all ranks together."""
+        assert not self.is_resting
         if dist.uses_deepspeed(self.accelerator):
             return self.accelerator.get_state_dict(self.module)
         # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out.

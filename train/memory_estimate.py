@@ -16,7 +16,19 @@ from typing import Any, Iterator
 
 from common.errors import UserError, entry_point, warn
 from models.family import DecoderConfig
-from train.memory_items import GIB, TILE, Setup, adapter_parameters, estimate, outside, total_bytes
+from train.memory_items import (
+    GIB,
+    MARGIN,
+    TILE,
+    Setup,
+    adapter_parameters,
+    choose_recomputed,
+    choose_resting,
+    estimate,
+    outside,
+    total_bytes,
+    update_bytes,
+)
 
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
@@ -39,18 +51,29 @@ def table(s: Setup, gpu_bytes: float) -> str:
     return "\n".join(lines)
 
 
+def choice(s: Setup, gpu_bytes: float) -> str:
+    """What `training.gradient_checkpointing_enable=auto` has chosen, and why."""
+    fits = update_bytes(s) <= MARGIN * gpu_bytes
+    why = "the fewest with which the update stays within" if fits else "and still the update takes more than"
+    chosen = f"layers recomputed in the backward (auto): {s.num_recomputed} of {s.shape.num_layers}"
+    return f"{chosen}, {why} {MARGIN:.0%} of the GPU's {gpu_bytes / GIB:.1f} GiB"
+
+
 def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
     """(what to set, the setup then), from the smallest change on."""
-    if not s.recomputes:
-        yield "training.gradient_checkpointing_enable=true", dataclasses.replace(s, recomputes=True)
+    if s.num_recomputed < s.shape.num_layers:
+        yield "training.gradient_checkpointing_enable=true", dataclasses.replace(s, recomputed_layers=None)
     if not s.fused:
         yield "training.fused_kernels=true", dataclasses.replace(s, fused=True)
-    for tokens in (8192, 4096, 2048):
+    for budget in (8192, 4096, 2048):
+        tokens = max(budget, s.prompt + s.response)  # as in setup_of
         if tokens < s.tokens and s.attention == "block":
             fewer = dataclasses.replace(s, tokens=tokens, predictions=min(s.predictions, tokens // 2))
-            yield f"training.max_tokens_per_microbatch={tokens}", fewer
+            yield f"training.max_tokens_per_microbatch={budget}", fewer
     if s.value is not None and not s.value_rests:
         yield "model.value_offload=always", dataclasses.replace(s, value_rests=True)
+    if s.samples and not s.optimizer_rests:
+        yield "training.offload_optimizer=always", dataclasses.replace(s, optimizer_rests=True, reference_rests=s.has_reference)
     if s.gpus > 1:
         for stage in range(s.zero + 1, 4):
             yield f"ZeRO-{stage} (experiment.deepspeed_file)", dataclasses.replace(s, zero=stage, offload_weights=False)
@@ -92,7 +115,10 @@ def check_fits(s: Setup, gpu_bytes: float) -> None:
 def setup_of(
     config: Any, job: str, family: Any, shape: DecoderConfig, gpus: int, gpu_bytes: float, value: DecoderConfig | None = None
 ) -> Setup:
-    """The setup of a job ("rl" or "sft") whose model has that family and shape. value: the value model's shape, if it has one."""
+    """The setup of a job ("rl" or "sft") whose model has that family and shape, on GPUs of that size.
+
+    value: the value model's shape, if it has one.
+    """
     t, r = config.training, config.rollout
     bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and t.mixed_precision == "bf16")
     zero, offload_optimizer, offload_weights = 1 if bf16 else 0, False, False
@@ -103,8 +129,8 @@ def setup_of(
         zero = file.zero_stage
         offload_optimizer, offload_weights = file.offload_optimizer != "none", file.offload_param != "none"
     budget, prompt, response = t.max_tokens_per_microbatch, t.max_prompt_len, t.max_gen_length
-    if family.attention == "full":  # a row is never cut
-        budget = max(budget, prompt + response) if job == "rl" else budget
+    if family.attention == "block" or job == "rl":  # never cut: a slice with the clean text before it; a row
+        budget = max(budget, prompt + response)
     s = Setup(
         shape=shape,
         itemsize=2 if bf16 else 4,
@@ -117,25 +143,26 @@ def setup_of(
         tokens=-(-budget // TILE) * TILE,
         predictions=budget // 2,
         head_chunk=t.head_chunk,
-        recomputes=t.gradient_checkpointing_enable,
+        recomputed_layers=None if t.gradient_checkpointing_enable else 0,
         fused=t.fused_kernels,
         value=value,
         value_rests=config.model.value_offload == "always",
+        optimizer_rests=t.offload_optimizer == "always",
+        reference_rests=t.offload_optimizer == "always",
         has_reference=job == "rl" and t.kl_to == "reference" and bool(t.beta),
         samples=job == "rl" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None),
         attention=family.attention,
         prompt=prompt,
         response=r.max_token,
         block_size=r.block_size,
-        max_active=min(r.max_active, r.num_task_per_step * r.num_response_per_task)
+        max_active=min(r.max_active, -(-r.num_task_per_step * r.num_response_per_task // gpus))
         if job == "rl"
         else config.evaluation.max_active,
         caches=r.cache_kind != "none",
     )
-    if value is not None and config.model.value_offload == "auto":  # as train/value.py decides
-        rests = sum(item.rollout for item in estimate(s)) > gpu_bytes * 2 / 3
-        s = dataclasses.replace(s, value_rests=rests)
-    return s
+    value_may_rest = value is not None and config.model.value_offload == "auto"
+    s = choose_resting(s, gpu_bytes, value_may_rest, t.offload_optimizer == "auto")
+    return choose_recomputed(s, gpu_bytes) if t.gradient_checkpointing_enable == "auto" else s
 
 
 def read_shape(name: str, family: Any, config_json: str | None = None) -> DecoderConfig:
@@ -196,6 +223,8 @@ def main(argv: list[str] | None = None) -> None:
     value = read_shape(critic, family, own["model"]) if critic is not None else None
     s = setup_of(config, own["job"], family, shape, gpus, gpu_gib * GIB, value)
     print(table(s, gpu_gib * GIB), flush=True)
+    if config.training.gradient_checkpointing_enable == "auto":
+        print(choice(s, gpu_gib * GIB), flush=True)
     check_fits(s, gpu_gib * GIB)
 
 

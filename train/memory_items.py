@@ -4,7 +4,7 @@ A job has moments that can be the fullest:
 
     sampling   what stays, and the engine's cache and workspace
     head       backward of the vocabulary's chunks, with all that the layers have kept
-    layers     backward of the last layer (most is kept) or of the first one (most gradients are there)
+    layers     backward of the last layer (most is kept), of the last that is recomputed, or of the first (most gradients are there)
     step       the optimizer's own temporary
 
 What DeepSpeed keeps, per trained parameter on W GPUs, bfloat16 weights (common/dist.py asks for float32 accumulation):
@@ -36,11 +36,16 @@ OUTSIDE_TORCH = 0.7 * GIB
 """CUDA's context and the libraries' workspaces; not in torch's own count."""
 NCCL = 1.5 * GIB
 """Buffers of the communication between GPUs."""
+MARGIN = 0.9
+"""The share of a GPU that an update may take where recomputation is chosen by memory. The rest is for what the estimate misses
+(2% of measured peaks, but DeepSpeed's share is read in its code) and for what torch's allocator holds in pieces that fit nothing,
+packs being of many sizes. What is recomputed needlessly costs a fifth of the update's time at most, memory that is full the run."""
 TILE = 128
 """As train/loop.py rounds packs up."""
 PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
-"""Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py. The rooms do not import each
-other; a test holds these equal."""
+MEMORY_SHARE, ROWS_AT_A_TIME = 0.9, 32_768
+"""Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py; paged_cache.py,
+canvas_cache.py. The rooms do not import each other; a test holds these equal."""
 
 
 # ------------------------------------------------------------------------------------------------------------ parameters
@@ -99,21 +104,34 @@ def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: 
     return kept + itemsize * (3 if fused else 4) * c.intermediate_size  # gate and up, silu(gate), their product
 
 
+def padded_length(n: int) -> int:
+    """As in models/attention.py; a test holds them equal."""
+    multiple = max(TILE, (1 << (n - 1).bit_length()) // 8)
+    return -(-n // multiple) * multiple
+
+
+def filled_attention(c: DecoderConfig, itemsize: int, tokens: int, fused: bool) -> int:
+    """Bytes that a layer keeps besides, for FlexAttention fills its rows up: of q, k, v and the output what lies behind the tokens,
+    and of v a copy (a row that is full needs none, but one a tile shorter does). In plain torch nothing else reads the fused
+    product, and where v is copied that goes: the copy costs nothing."""
+    query, key, length = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim, padded_length(tokens)
+    return itemsize * ((length - tokens) * (2 * query + 2 * key) + (tokens * key if fused else 0))
+
+
 def backward_per_token(c: DecoderConfig, itemsize: int) -> int:
     """Bytes that the backward of a layer has beside what it keeps, at its fullest: in the product of silu(gate) and up."""
     return itemsize * (2 * c.intermediate_size + c.hidden_size)
 
 
-def head_bytes(c: DecoderConfig, itemsize: int, rows: int, trains: bool = True, fused: bool = False) -> int:
-    """Of the backward of the chunked head (train/logprobs.py) over chunks of `rows` rows, beside its input.
+def head_bytes(c: DecoderConfig, itemsize: int, predictions: int, chunk: int, trains: bool = True, fused: bool = False) -> int:
+    """Of the backward of the chunked head (train/logprobs.py) over so many rows, `chunk` at a time, beside its input.
 
     The weight's gradient in float32; and a chunk's four float32 tensors (fused: its logits alone, and their gradient in the
-    weights' precision) beside the gradient of the chunk before; or, at the end, the weight's gradient in its own precision.
+    weights' precision); or, at the end, the weight's gradient in its own precision.
     """
-    chunk, vocabulary = 4 * rows * c.vocab_size, vocabulary_parameters(c)
-    narrow = chunk * itemsize // 4
-    chunks = (chunk + narrow if fused else 4 * chunk) + narrow
-    return 4 * vocabulary + max(chunks, itemsize * vocabulary) if trains else chunks
+    vocabulary, row = vocabulary_parameters(c), (4 + itemsize if fused else 4 * 4) * c.vocab_size
+    rows = min(chunk, predictions) * row
+    return 4 * vocabulary + max(rows, itemsize * vocabulary) if trains else rows
 
 
 # ------------------------------------------------------------------------------------------------------------- the setup
@@ -141,7 +159,8 @@ class Setup:
     predictions: int = 8_192
     """Of the largest pack."""
     head_chunk: int = 2048
-    recomputes: bool = True
+    recomputed_layers: int | None = None
+    """Whose activations are recomputed in the backward, the first so many (models/decoder.py); None: all."""
     fused: bool = False
     """`training.fused_kernels`."""
     accumulates: bool = True
@@ -150,7 +169,11 @@ class Setup:
     """Of a value model."""
     value_rests: bool = False
     """It is off the GPU during the rollout."""
+    optimizer_rests: bool = False
+    """So are the policy's optimizer states and gradients (ZeRO-3: all of it, for the engine has weights of its own)."""
     has_reference: bool = False
+    reference_rests: bool = False
+    """The frozen reference is off the GPU during the rollout."""
     samples: bool = True
     """An engine samples: the rollout, evaluations."""
     attention: str = "block"
@@ -163,6 +186,15 @@ class Setup:
     @property
     def num_trained(self) -> int:
         return self.adapter or num_parameters(self.shape)
+
+    @property
+    def num_recomputed(self) -> int:
+        return self.recomputed_of(self.shape.num_layers)
+
+    def recomputed_of(self, num_layers: int) -> int:
+        """Layers that a model of that depth recomputes: of no more than the policy it keeps the activations."""
+        recomputed = self.shape.num_layers if self.recomputed_layers is None else self.recomputed_layers
+        return max(0, num_layers - (self.shape.num_layers - recomputed))
 
 
 @dataclass(frozen=True)
@@ -242,25 +274,57 @@ def engine_bytes(s: Setup) -> tuple[float, float, float]:
     return results + logits, pages * PAGE * position, PREFILL_TOKENS * wide * s.itemsize + 2 * logits
 
 
+def engine_wants(s: Setup) -> float:
+    """Bytes of free memory with which the engine has all `max_active` sequences in flight, each as long as it may become."""
+    graphs, cache, workspace = engine_bytes(s)
+    if s.attention == "full":  # forwards over as many canvases as come to so many rows
+        length = s.prompt + s.response
+        activations = workspace - CANVAS_LOGITS_BYTES
+        workspace += activations * (max(1.0, min(s.max_active, ROWS_AT_A_TIME / length)) - 1)
+    return graphs + (s.max_active * cache + workspace) / MEMORY_SHARE
+
+
+def choose_resting(s: Setup, gpu_bytes: float, value: bool, optimizer: bool) -> Setup:
+    """What rests in the rollout where memory decides, as train/offload.py: the value model first, if it may, then the policy's
+    states, then the reference."""
+    own = ("the engine's graphs and results", "keys and values of one sequence", "workspace of sampling")
+    names = [*(["value_rests"] if value else []), *(["optimizer_rests"] if optimizer else [])]
+    for name in [*names, *(["reference_rests"] if optimizer and s.has_reference else [])]:
+        free = gpu_bytes - outside(s) - sum(item.rollout for item in estimate(s) if item.name not in own)
+        s = dataclasses.replace(s, **{name: s.samples and free < engine_wants(s)})
+    return s
+
+
 def moments_of_update(s: Setup, policy: States) -> dict[str, tuple[float, float, float]]:
     """Of an update by moment: (fresh gradients, activations, head), bytes."""
     c, n = s.shape, s.tokens
     trains = not s.adapter
     hidden = s.itemsize * c.hidden_size
     kept, working = kept_per_token(c, s.itemsize, trains, s.fused), backward_per_token(c, s.itemsize)
-    inputs = n * c.num_layers * (hidden if s.recomputes else kept)
+    recomputed = s.num_recomputed
+    of_layer = n * kept
+    if s.attention == "block" or not s.fused or s.itemsize == 4:  # else variable-length attention needs no mask
+        of_layer += filled_attention(c, s.itemsize, n, s.fused)
+    held = recomputed * n * hidden + (c.num_layers - recomputed) * of_layer
     last_norm = n * (2 * hidden if s.fused else 4 * c.hidden_size + hidden * (2 if trains else 1)) + 3 * s.predictions * hidden
-    layer = n * ((kept if s.recomputes else 0) + working)
+    layer = of_layer + n * working
     head_gradient = policy.fresh * vocabulary_parameters(c) if trains else 0.0
     layer_gradient = policy.fresh * (s.num_trained / c.num_layers if s.adapter else layer_parameters(c))
-    rows = min(s.head_chunk, s.predictions)
-    return {
-        "head": (0.0, inputs + last_norm, head_bytes(c, s.itemsize, rows, trains, s.fused)),
-        "last layer": (head_gradient, inputs + layer, 0.0),
-        "first layer": (head_gradient + (c.num_layers - 1) * layer_gradient, inputs / c.num_layers + layer, 0.0),
+    # For the head's moment it matters how many layers are recomputed, not which. Then the backward of layer i finds what layers 0
+    # to i hold, and adds `of_layer` where i is recomputed: together least where those before it hold their inputs alone. So the
+    # first layers are recomputed; of their backwards the first and the last are the fullest, for inputs go as gradients come.
+    first_input = n * hidden if recomputed else 0
+    moments = {
+        "head": (0.0, held + last_norm, head_bytes(c, s.itemsize, s.predictions, s.head_chunk, trains, s.fused)),
+        "last layer": (head_gradient, held + n * working, 0.0),
+        "first layer": (head_gradient + (c.num_layers - 1) * layer_gradient, first_input + layer, 0.0),
         "embedding": (policy.fresh * s.num_trained, n * hidden, 0.0),
         "step": (0.0, 0.0, policy.step),
     }
+    if recomputed:  # the layers behind them have given back what they kept, and their gradients are there
+        fresh = head_gradient + (c.num_layers - recomputed) * layer_gradient
+        moments["last recomputed layer"] = (fresh, n * recomputed * hidden + layer, 0.0)
+    return moments
 
 
 def estimate(s: Setup) -> list[Item]:
@@ -272,12 +336,15 @@ def estimate(s: Setup) -> list[Item]:
     moment = max(moments, key=lambda name: sum(moments[name]))
     fresh, activations, head = moments[moment]
     temporary = {"head": f"head, {min(s.head_chunk, s.predictions):,} rows at a time", "step": "the optimizer's temporary"}
-    how = "recomputed" if s.recomputes else "kept"
+    how = f"{s.num_recomputed} of {c.num_layers} layers recomputed" if s.num_recomputed else "kept"
+    stays = 0.0 if s.optimizer_rests else 1.0
+    # The buckets of DDP are out of reach.
+    gradients = policy.gradients_at_rest * (stays if s.zero else 1.0)
     items = [
-        Item("weights", policy.weights, policy.weights, "zero weights lora"),
-        Item("gradients", policy.gradients_at_rest, policy.gradients + fresh, "zero lora"),
-        Item("optimizer states", policy.optimizer, policy.optimizer, "zero offload lora"),
-        Item("DeepSpeed's buckets", policy.buffers if s.zero == 3 else 0.0, policy.buffers),
+        Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights, "zero weights lora"),
+        Item("gradients", gradients, policy.gradients + fresh, "zero lora"),
+        Item("optimizer states", policy.optimizer * stays, policy.optimizer, "zero offload lora"),
+        Item("DeepSpeed's buckets", policy.buffers * stays if s.zero == 3 else 0.0, policy.buffers),
         Item("gathered weights", 0.0, policy.gathered),
         Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations, "tokens recompute"),
         Item(temporary.get(moment, "head"), 0.0, head, "chunk"),
@@ -291,7 +358,7 @@ def estimate(s: Setup) -> list[Item]:
         items.append(Item("value model", rest, total + value.gradients, "value"))
     if s.has_reference:
         whole = s.itemsize * num_parameters(c)
-        items.append(Item("frozen reference", whole, whole, "reference"))
+        items.append(Item("frozen reference", 0.0 if s.reference_rests else whole, whole, "reference"))
     if s.samples:
         if s.zero == 3:
             whole = s.itemsize * (num_parameters(c) + s.adapter)
@@ -305,9 +372,23 @@ def estimate(s: Setup) -> list[Item]:
 
 def total_bytes(s: Setup) -> float:
     """Of a GPU at the fullest moment of the job, libraries included."""
-    items = estimate(s)
-    rollout, update = sum(i.rollout for i in items), sum(i.update for i in items)
-    return max(rollout if s.samples else 0.0, update) + outside(s)
+    rollout = sum(item.rollout for item in estimate(s)) + outside(s)
+    return max(rollout if s.samples else 0.0, update_bytes(s))
+
+
+def update_bytes(s: Setup) -> float:
+    """Of a GPU in the update, libraries included."""
+    return sum(item.update for item in estimate(s)) + outside(s)
+
+
+def choose_recomputed(s: Setup, gpu_bytes: float) -> Setup:
+    """The setup with as few recomputed layers as keep the update within `MARGIN` of the GPU; with all where none do.
+
+    The rollout has no say: recomputation changes nothing about it.
+    """
+    choices = (dataclasses.replace(s, recomputed_layers=number) for number in range(s.shape.num_layers + 1))
+    fitting = (choice for choice in choices if update_bytes(choice) <= MARGIN * gpu_bytes)
+    return next(fitting, dataclasses.replace(s, recomputed_layers=None))
 
 
 def outside(s: Setup) -> float:

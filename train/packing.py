@@ -324,9 +324,15 @@ class Columns:
 
 
 def build_pack(
-    documents: list[Document], mask_id: int, round_to: int = 1, logit_shift: int = 0, share_prompts: bool = False
+    documents: list[Document],
+    mask_id: int,
+    round_to: int = 1,
+    logit_shift: int = 0,
+    share_prompts: bool = False,
+    attended_length: int = 0,
 ) -> Pack:
-    """Lay documents into one row. `round_to`: the row is filled up to a multiple of it, so that compiled kernels see few sizes.
+    """Lay documents into one row. `round_to`: the row is filled up to a multiple of it, so that compiled kernels see few sizes;
+    `attended_length`: as in models/attention.py.
 
     logit_shift: a token is predicted by the row so many positions before its own: of its slice, or of the clean text before it. At
     position 0 there is none, and its own row predicts it, as Dream aligns its logits (sampling refuses an empty prompt).
@@ -353,7 +359,7 @@ def build_pack(
         out.tokens(tile - tile[0], input=np.full(filler, mask_id), position=zeros, block=zeros, slice=zeros + 1)
     if not documents:  # predict any id but the mask: a forbidden one has no finite log-prob
         out.add(row=np.zeros(1, np.int64), target=np.full(1, int(mask_id == 0)), prediction=np.full(1, -1))
-    token_ids = TokenIds(out.tensor("document"), out.tensor("block"), out.tensor("slice"))
+    token_ids = TokenIds(out.tensor("document"), out.tensor("block"), out.tensor("slice"), attended_length=attended_length)
     if num_shared:
         token_ids.prefix = out.tensor("prefix")
     if not any(document.num_clean for document in documents):

@@ -22,13 +22,22 @@ from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_
 from models.family import TINY_RANDOM
 from models.kernels.launch import set_fused
 from models.lora import merged_folder, prepare_for_training
-from train.memory_estimate import check_fits, read_shape, setup_of
+from train.memory_estimate import check_fits, choice, read_shape, setup_of
 from train.memory_estimate import table as memory_table
+from train.memory_items import Setup, engine_wants
+from train.offload import Rest
 from train.policy import policy_trainer
 from train.shared_value import SharedValueUpdate
 from train.value import ValueUpdate
 
 REPORT_EVERY_SECONDS = 20.0
+
+
+def gpu_memory(accelerator: Any) -> int | None:
+    """Bytes of the smallest GPU of the job: every rank has to draw the same conclusions. None on CPUs. All ranks together."""
+    if accelerator.device.type != "cuda":
+        return None
+    return min(dist.gather_objects(accelerator, torch.cuda.get_device_properties(accelerator.device).total_memory))
 
 
 class Run:
@@ -64,11 +73,18 @@ class Run:
             with dist.main_first(self.accelerator):
                 find_directory(critic, "model.value_base_model")
 
+        self.gpu_bytes = gpu_memory(self.accelerator)
+        self.setup: Setup | None = None
+        """What the job was estimated by, where a GPU's memory is known."""
+
         def check_all(model: Pretrained) -> None:
             check(model)
-            if self.accelerator.device.type == "cuda":
+            if self.gpu_bytes is not None:
                 self.check_memory(model, samples)
 
+        self.watch = dist.Stopwatch(self.accelerator)
+        self.rest = Rest(self.watch, self.accelerator.device)
+        """What leaves the GPU while an engine samples."""
         self.model = self.load_model(check_all)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
@@ -77,28 +93,36 @@ class Run:
             self.value = SharedValueUpdate(self.trainer, config)
         elif config.model.value_base_model is not None:
             self.value = ValueUpdate(config, dist.value_accelerator(self.accelerator))
-        if config.model.block_size is not None:  # what the checkpoints will say
-            for model in [self.model, *([self.value.model] if isinstance(self.value, ValueUpdate) else [])]:
+            self.rest.add(self.value.trainer, config.model.value_offload, keeps_weights=False)
+        # Under ZeRO-3 the engine has weights of its own.
+        keeps_weights = not dist.shards_weights(self.accelerator)
+        self.rest.add(self.trainer, config.training.offload_optimizer, keeps_weights)
+        for model in [self.model, *([self.value.model] if isinstance(self.value, ValueUpdate) else [])]:
+            if config.model.block_size is not None:  # what the checkpoints will say
                 model.config = {**model.config, "block_size": config.model.block_size}
+            if self.setup is not None and config.training.gradient_checkpointing_enable == "auto":
+                model.decoder.recomputed_layers = self.setup.recomputed_of(model.decoder.config.num_layers)
         self.metrics: MetricsLog | None = None
-        self.watch = dist.Stopwatch(self.accelerator)
         self.step = 0
         """The last finished step."""
         self._report_at = time.monotonic()
 
     def check_memory(self, model: Pretrained, samples: bool) -> None:
-        """Say what the job will take of the GPUs' memory. Raises UserError where it cannot fit, unless the config says to try."""
+        """Say what the job will take of the GPUs' memory, and what of its activations is recomputed where that is chosen by memory.
+        Raises UserError where it cannot fit, unless the config says to try."""
         config, critic = self.config, self.config.model.value_base_model
-        gpu_bytes = torch.cuda.get_device_properties(self.accelerator.device).total_memory
         value = model.decoder.config if critic == TINY_RANDOM else None
         if critic is not None and value is None:
             value = read_shape(str(find_directory(critic, "model.value_base_model")), model.family)
         job, gpus = "rl" if samples else "sft", self.accelerator.num_processes
-        setup = setup_of(config, job, model.family, model.decoder.config, gpus, gpu_bytes, value)
+        self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value)
+        self.rest.wanted_bytes = engine_wants(self.setup)
         if self.is_main:
-            print(memory_table(setup, gpu_bytes), flush=True)
+            print(memory_table(self.setup, self.gpu_bytes), flush=True)
+            if config.training.gradient_checkpointing_enable == "auto":
+                print(choice(self.setup, self.gpu_bytes), flush=True)
         if config.experiment.check_memory:
-            check_fits(setup, gpu_bytes)
+            check_fits(self.setup, self.gpu_bytes)
 
     def load_model(self, check: Callable[[Pretrained], None] = lambda model: None) -> Pretrained:
         """The model the run starts from (also the frozen reference of a KL term)."""
@@ -147,6 +171,7 @@ class Run:
 
     def save_state(self, extra: dict[str, Any]) -> None:
         """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
+        self.rest.up()
         saved = {
             "step": self.step,
             "finished": self.step == self.total_steps,
@@ -168,6 +193,7 @@ class Run:
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, further names link to them."""
+        self.rest.up()
         state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."
@@ -202,6 +228,7 @@ class Run:
             with self.phase("save"):
                 self.save_checkpoint(self.config.model.optimized_name, f"step-{self.step}")
         metrics = {**metrics, **self.device_metrics()}
+        self.write_gradient_norms()
         self.metrics.write(self.step, metrics)
         self.metrics.line(self.step, self.total_steps, metrics)
         if self.is_main and (is_last or time.monotonic() - self._report_at > REPORT_EVERY_SECONDS):
@@ -211,11 +238,22 @@ class Run:
             with self.phase("save"):
                 self.save_state(extra)
 
+    def write_gradient_norms(self) -> None:
+        """Of the updates since the last step, where they were measured (`logging.gradient_norms_every`)."""
+        trainers = {dist.POLICY: self.trainer}
+        if isinstance(self.value, ValueUpdate):
+            trainers[dist.VALUE] = self.value.trainer
+        for name, trainer in trainers.items():
+            for row in trainer.gradient_norms.take():
+                self.metrics.write_gradient_norms(self.step, name, **row)
+
     def device_metrics(self) -> dict[str, float]:
         """Seconds of every phase of the step (the slowest rank's) and the peak memory since the last call."""
         metrics = {f"time/{name}_seconds": seconds for name, seconds in self.watch.slowest().items()}
         self.watch.seconds.clear()
+        metrics |= self.rest.take_metrics()
         if self.accelerator.device.type == "cuda":
+            metrics["memory/recomputed_layers"] = float(self.model.decoder.recomputed_layers)
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
             torch.cuda.reset_peak_memory_stats()
         return metrics

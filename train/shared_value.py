@@ -79,12 +79,6 @@ class SharedValueUpdate:
     def is_due(self, step: int) -> bool:
         return False
 
-    def rest(self) -> None:
-        """Nothing to move: the engine samples with the trunk."""
-
-    def wake(self) -> None:
-        pass
-
     # The head is part of the policy's state; its checkpoint is a file of its own, so that the policy's stays loadable anywhere.
 
     def save_state(self, folder: Path) -> None:

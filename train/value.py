@@ -18,12 +18,10 @@ from common.records import ScoredRollout
 from common.state import load_state, save_state
 from models.attention import attention_backend
 from models.lora import prepare_for_training
-from models.memory import free_memory_share
 from models.value import ValueModel, load_value_model, save_value_model
 from train.layout import Layout
 from train.loop import Columns, StepResult, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveOutput
-from train.offload import Offloaded
 from train.packing import Document, Pack, Predictions
 from train.returns import outcome_rewards, response_times, step_returns
 from train.traces import Response
@@ -150,7 +148,6 @@ class ValueUpdate:
         prepare_for_training(self.model, config.training.lora, name, config.training.seed)
         packed = PackedValues(module, config.training.attention_backend)
         self.trainer = Trainer(packed, self.model, config, accelerator, config.optimizer.params.value_learning_rate)
-        self.offloaded: Offloaded | None = None
 
     def advantages(
         self, rollouts: list[ScoredRollout], responses: list[Response], documents: list[Document], p: Predictions
@@ -162,23 +159,6 @@ class ValueUpdate:
     def join(self, tables: Tables, critic: ValueTables, objective: Objective) -> tuple[Tables, Objective]:
         """The policy's update is its own."""
         return tables, objective
-
-    # -- out of the way of the rollout
-
-    def rest(self) -> None:
-        """Before the rollout: leave the GPU if `model.value_offload` says so."""
-        choice, device = self.config.model.value_offload, self.trainer.accelerator.device
-        if self.offloaded is not None or choice == "never":  # a step may have several rounds of rollouts
-            return
-        # Every rank decides for itself: nothing here is collective.
-        if choice == "always" or free_memory_share(device) < 1 / 3:
-            self.offloaded = self.trainer.offload()
-
-    def wake(self) -> None:
-        """Behind the rollout."""
-        if self.offloaded is not None:
-            self.offloaded.restore()
-            self.offloaded = None
 
     # -- kept with the policy's state and checkpoints
 

@@ -16,8 +16,10 @@ from benchmarks.kernel_times import covered, group_of, summarize
 from benchmarks.limits import Ceilings, Work, block_work, cache_bytes_per_token
 from benchmarks.shapes import SHAPES, random_decoder
 from models.registry import FAMILIES
-from sample.engine import build_engine
+from sample.canvas_kernels import KernelCanvasEngine
+from sample.engine import Request, SamplingSettings, build_engine
 from tests.distributed.harness import ROOT, clean_environment
+from tests.sample.test_canvas_graphs import RememberedGraphs
 
 H200 = Ceilings(4.3e12, 790e12)
 
@@ -168,6 +170,22 @@ def test_canvases(tmp_path: Any, capsys: Any):
         assert result["tokens_per_second"] * result["seconds"] == pytest.approx(2 * 2 * result["steps"])
     with pytest.raises(SystemExit, match="--caches: got horizon"):
         canvas_rollout.cache_settings("horizon")
+
+
+@pytest.mark.parametrize("shape", ["llada-8b", "dream-7b"])
+@pytest.mark.parametrize("cache", ["none", "prefix", "horizon2", "dual"])
+def test_the_clock_of_canvases_meets_no_capture(shape: str, cache: str):
+    """What a whole answer needs was captured in the warm-up."""
+    decoder = random_decoder("tiny-full", 1, torch.float32, torch.device("cpu"))
+    engine = KernelCanvasEngine(decoder, canvas_rollout.family_of(shape), 2)
+    engine.most_rows, engine.graphs = 4096, RememberedGraphs()
+    requests = [Request(f"task {n}", [1 + n] * 50) for n in range(2)]
+    settings = SamplingSettings(max_tokens=128, mask_id=decoder.config.vocab_size - 1, block_size=32, steps=64,
+                                **canvas_rollout.cache_settings(cache))  # fmt: skip
+    captured = canvas_rollout.warm_up(engine, requests, settings, rollout.Clock, 17, all_blocks=cache != "none")
+    assert captured == len(engine.graphs.graphs) > 0
+    engine.generate(requests, settings)
+    assert engine.statistics.graphs == 0 and engine.graphs.num_replays > engine.statistics.engine_forwards
 
 
 def test_the_update_of_canvases(tmp_path: Any):

@@ -28,7 +28,7 @@ def arguments(**changes):
 def test_both_ways_give_one_gradient(ragged, reveal):
     result = compare(arguments(ragged=ragged), reveal)
     assert result["gradient_error"] < 1e-5
-    assert result["loss"] == pytest.approx(result["reference_loss"], abs=1e-6)
+    assert result["loss"] == pytest.approx(result["reference_loss"], abs=1e-6) and abs(result["loss"]) > 0.1
 
 
 def test_steps_are_drawn_as_asked():

@@ -71,6 +71,9 @@ def test_files_are_linked_newest_first(run_dir):
     assert [link["name"] for link in listed["Checkpoints"]["links"]] == ["ckpt/step-10/", "ckpt/step-2/", "ckpt/optimized/"]
     assert listed["Trace pages"]["links"] == [{"name": "trace page#1.html", "href": "trace%20page%231.html"}]
     assert [link["name"] for link in listed["Numbers"]["links"]] == ["metrics.jsonl", "config.yaml"]
+    (run_dir / "gradient_norms.jsonl").touch()
+    [numbers] = [entry for entry in run_files(run_dir) if entry["kind"] == "Numbers"]
+    assert [link["name"] for link in numbers["links"]] == ["metrics.jsonl", "gradient_norms.jsonl", "config.yaml"]
 
 
 def test_the_page_holds_the_run(run_dir):

@@ -126,6 +126,28 @@ def test_values_are_converted(load):
     assert load("rl", MINIMAL, "training.eps=0.1", "training.eps=0.2").training.eps == 0.2
 
 
+def test_recomputation_is_all_none_or_chosen_by_memory(load, tmp_path):
+    """As a bool is read, and one word more; files of the reference say True."""
+    key = "training.gradient_checkpointing_enable"
+
+    def read(text: str) -> bool | str:
+        in_file = load("rl", MINIMAL + f"training: {{gradient_checkpointing_enable: {text}}}")
+        given = load("rl", MINIMAL, f"{key}={text}")
+        again = tmp_path / "again.yaml"
+        again.write_text(to_yaml(given), encoding="utf-8")
+        assert in_file == given == load_config("rl", [f"config={again}"])
+        return given.training.gradient_checkpointing_enable
+
+    assert load("rl", MINIMAL).training.gradient_checkpointing_enable == "auto"
+    assert [read(text) for text in ("True", "true", "1", "'true'")] == [True] * 4
+    assert [read(text) for text in ("False", "false", "0")] == [False] * 3
+    assert [read(text) for text in ("auto", "'auto'")] == ["auto"] * 2
+    assert type(read("1")) is bool
+    for text in ("2", "some", "null"):
+        with pytest.raises(UserError, match=f"{key}: got .* expected one of true, false, auto"):
+            read(text)
+
+
 def test_evaluation_follows_rollout_unless_given(load):
     config = load("rl", MINIMAL, "rollout.top_p=0.9", "rollout.temperature=0.5", "evaluation.temperature=0")
     assert (config.evaluation.top_p, config.evaluation.temperature, config.rollout.temperature) == (0.9, 0.0, 0.5)

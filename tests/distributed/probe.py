@@ -167,10 +167,20 @@ def talk() -> dict[str, Any]:
     watch = dist.Stopwatch(accelerator)
     with watch("sleep"):
         time.sleep(0.05 + 0.2 * rank)
+    nested = dist.Stopwatch(accelerator)
+    start = time.perf_counter()
+    with nested("outer"), nested("inner"):
+        time.sleep(0.1)
+    with nested("outer"):
+        time.sleep(0.05)
+        with nested("inner"):
+            time.sleep(0.1)
+    elapsed = time.perf_counter() - start
     return {
         "gathered": dist.gather_objects(accelerator, {"rank": rank, "text": "x" * (10 + 1000 * rank)}),
         "broadcast": dist.broadcast_object(accelerator, f"from {rank}"),
         "first": order[0],
         "slowest": watch.slowest(),
         "own": dict(watch.seconds),
+        "nested": (nested.seconds["inner"], nested.seconds["outer"], elapsed),
     }

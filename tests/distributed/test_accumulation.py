@@ -101,3 +101,5 @@ def test_ranks_talk():
     assert first["broadcast"] == second["broadcast"] == "from 0"
     assert second["first"] - first["first"] > 0.19, "rank 1 did not wait for rank 0"
     assert first["slowest"] == second["slowest"] == second["own"]
+    inner, outer, elapsed = first["nested"]  # of a phase in another: each second is counted once
+    assert inner >= 0.2 and outer >= 0.05 and inner + outer <= elapsed

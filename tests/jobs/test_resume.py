@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -27,6 +28,7 @@ COMMON = {
     "optimizer.params.learning_rate": 2e-3,
     "lr_scheduler.scheduler": "cosine",
     "lr_scheduler.params.warmup_steps": 3,
+    "logging.gradient_norms_every": 3,
 }
 SELDOM = {**COMMON, "experiment.save_state_every": 3}
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -179,6 +181,8 @@ def test_the_runs_learn_something(unbroken: Any):
         assert sum(row["train/skipped"] for row in rows) == 0
         assert all(row["train/gradient_norm"] > 0 for row in rows)
         assert len({row["train/learning_rate"] for row in rows}) == 6
+        norms = [json.loads(line) for line in unbroken(variant)["gradient_norms.jsonl"].splitlines()]
+        assert [(row["step"], row["optimizer_step"]) for row in norms] == [(2, 3), (3, 6), (5, 9), (6, 12)]
     third = unbroken("third")["metrics.jsonl"]
     assert max(row["rollout/dropped_groups"] for row in third) > 0
     assert max(row["rollout/num_groups"] for row in third) > 4

@@ -46,7 +46,8 @@ def documents_of(kind, count, seed):
         return random_documents(4, count, seed)[0]
     if kind == "shared":
         return documents_of_groups(4, count, seed)
-    return canvas_documents(count, seed, method="TraceRL" if kind == "canvases" else "ar")
+    documents = canvas_documents(count, seed, method="TraceRL" if kind == "canvases" else "ar")
+    return [document for document in documents if document is not None]  # a response may have nothing that is trained
 
 
 def random_ids(num_documents=4, seed=0, kind="blocks"):
@@ -132,7 +133,9 @@ def test_attention_runs_at_few_sizes(monkeypatch, kind):
     q, k, v = (torch.randn(9 * TILE, heads, 16) for heads in (4, 2, 2))
     out = flex_attention(ids)(0, q, k, v)
     assert out.shape == q.shape and (out - dense_attention(ids)(0, q, k, v)).abs().max() < 1e-5
-    assert sizes == [10 * TILE]
+    ids.attended_length = 12 * TILE  # as all packs of a job have it
+    assert torch.equal(flex_attention(ids)(0, q, k, v), out)
+    assert sizes == [10 * TILE, 12 * TILE]
     few = {padded_length(n) for n in range(TILE, 16 * TILE * 8 + 1, TILE)}
     assert padded_length(12_845 // TILE * TILE) == 14_336 and padded_length(16_384) == 16_384 and padded_length(TILE) == TILE
     assert all(n <= padded_length(n) < 1.25 * n for n in range(TILE, 16 * TILE * 8 + 1, TILE)) and len(few) == 8 + 4 * 4
@@ -230,7 +233,7 @@ def test_a_filled_up_row_on_a_gpu():
         out = attention_backend(backend, ids)(0, *drawn)
         results.append([out, *torch.autograd.grad((out * torch.linspace(-1, 1, 64, device="cuda")).sum(), drawn)])
     for ours, theirs in zip(*results, strict=True):
-        assert (ours - theirs).abs().max() < 1e-4
+        assert (ours - theirs).abs().max() < 1e-5 * theirs.abs().max()
 
 
 @needs_gpu
@@ -314,7 +317,7 @@ def test_every_variant_of_the_update_has_the_gradient_of_float32(kind):
                 for plain in (False, True):
                     model = build_tiny(FAMILIES.get("sdar"), seed=5, **shape)
                     model.decoder.bfloat16()
-                    model.decoder.gradient_checkpointing = recompute
+                    model.decoder.recomputed_layers = 2 if recompute else 0  # of 3
                     with fused_kernels(not plain):
                         own_loss, own = loss_and_gradients(model, backend, dtype, pack)
                     worst = max(float((own[n] - exact[n]).abs().max() / exact[n].abs().max()) for n in exact)

@@ -14,24 +14,26 @@ import torch
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
 from configs.load import load_config
+from models import attention
 from models.decoder import rope_cos_sin
 from models.family import DecoderConfig
 from models.lora import LoRA, attach
 from models.lora_targets import resolve_targets
 from models.registry import FAMILIES
 from models.tiny import build_tiny
-from sample import canvas_cache, capacity, paged_block, paged_state, pages
+from sample import canvas_cache, capacity, kv_cache, paged_block, paged_cache, paged_state, pages
 from tests.distributed.harness import ROOT, clean_environment
+from tests.train.steps import forget_accelerator, rl_config
 from train import loop, memory_estimate, memory_items, run
 from train.memory_estimate import check_fits, setup_of
-from train.memory_items import GIB, Setup, estimate, num_parameters, states, total_bytes
+from train.memory_items import GIB, MARGIN, Setup, choose_recomputed, estimate, num_parameters, states, total_bytes, update_bytes
 
 EIGHT_B = SHAPES["sdar-8b"]
 SDAR = FAMILIES.get("sdar")
 H200 = 139.8 * GIB
 
 
-def update_bytes(s: Setup) -> float:
+def torch_bytes(s: Setup) -> float:
     """What torch counts."""
     return sum(item.update for item in estimate(s))
 
@@ -45,16 +47,21 @@ def plain(layers: int, **changes) -> Setup:
     return Setup(shape, itemsize=2, gpus=1, zero=0, moments=0, samples=False, **changes)
 
 
-@pytest.mark.parametrize("recomputes", [False, True])
-def test_the_peak_of_a_packed_update(recomputes):
-    """Two kinds of responses, packs of a budget of 16,384 tokens of which the largest was full (the packs of then were filled one
-    after the other); 16,000 predictions in four of them."""
+PEAKS = [("packed_peak_gib", True, 0), ("packed_recompute_peak_gib", True, None), ("packed_plain_torch_peak_gib", False, 0)]
+
+
+@pytest.mark.parametrize("field, fused, recomputed_layers", PEAKS)
+def test_the_peak_of_a_packed_update(field, fused, recomputed_layers):
+    """Packs are filled evenly: the largest has 1% more tokens than the mean."""
     baseline = json.loads((ROOT / "benchmarks/baselines/train_step_sdar-8b.json").read_text())
-    assert baseline["results"]
-    for result in baseline["results"]:
-        s = plain(result["layers"], recomputes=recomputes, tokens=16_384, predictions=5_000)
-        measured = result["packed_recompute_peak_gib" if recomputes else "packed_plain_peak_gib"]
-        assert update_bytes(s) / GIB == pytest.approx(measured, rel=0.1)
+    results = [r for r in baseline["results"] if "packed_plain_torch_peak_gib" in r]  # not those of parts of an update
+    assert results
+    for r in results:
+        num_trained = r["responses"] * r["mean_response"]
+        tokens = r["packed_tokens_per_response_token"] * num_trained / r["num_packs"] / (1 - r["filler_share"])
+        s = plain(r["layers"], fused=fused, recomputed_layers=recomputed_layers, tokens=round(tokens))
+        s = dataclasses.replace(s, predictions=round(num_trained / r["num_packs"]))
+        assert torch_bytes(s) / GIB == pytest.approx(r[field], rel=0.1)
 
 
 def test_the_peak_of_one_long_response():
@@ -64,7 +71,7 @@ def test_the_peak_of_one_long_response():
     for point in points:
         s = plain(point["layers"], tokens=point["tokens"], predictions=point["tokens"] // 4, accumulates=False)
         measured = point["beside"] + 2 * 2 * (num_parameters(s.shape) - norms(s.shape))
-        assert update_bytes(s) == pytest.approx(measured, rel=0.1)
+        assert torch_bytes(s) == pytest.approx(measured, rel=0.1)
 
 
 def norms(c: DecoderConfig) -> int:
@@ -127,10 +134,12 @@ def test_fused_kernels_keep_less_by_hand():
     norms, attention, mlp = 2 * 2 * 8192, 2 * (4096 + 2048) + 2 * (4096 + 1024) + 8192 + 4 * 32, 3 * 2 * 12_288
     assert memory_items.kept_per_token(EIGHT_B, 2, fused=True) == norms + attention + mlp
     chunk, vocabulary = 4 * 2048 * 151_936, 151_936 * 4096
-    assert memory_items.head_bytes(EIGHT_B, 2, 2048, fused=True) == 4 * vocabulary + 2 * chunk
-    assert memory_items.head_bytes(EIGHT_B, 2, 2048) == 4 * vocabulary + 9 * chunk // 2
-    assert memory_items.head_bytes(EIGHT_B, 2, 256) == (4 + 2) * vocabulary
-    assert memory_items.head_bytes(EIGHT_B, 2, 2048, trains=False, fused=True) == 2 * chunk
+    assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048, fused=True) == 4 * vocabulary + 3 * chunk // 2
+    assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048) == 4 * vocabulary + 4 * chunk
+    assert memory_items.head_bytes(EIGHT_B, 2, 5000, 256) == (4 + 2) * vocabulary
+    assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048, trains=False, fused=True) == 3 * chunk // 2
+    assert memory_items.head_bytes(EIGHT_B, 2, 2048, 2048, trains=False, fused=True) == 3 * chunk // 2
+    assert memory_items.head_bytes(EIGHT_B, 2, 1024, 2048, trains=False, fused=True) == 3 * chunk // 4
 
 
 class Fused(torch.autograd.Function):
@@ -151,7 +160,11 @@ def test_constants_of_the_other_rooms():
     assert memory_items.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
     assert memory_items.LOGITS == capacity.LOGITS
     assert memory_items.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
+    assert memory_items.ROWS_AT_A_TIME == canvas_cache.ROWS_AT_A_TIME
+    assert memory_items.MEMORY_SHARE == paged_cache.MEMORY_SHARE == kv_cache.MEMORY_SHARE
     assert memory_items.TILE == loop.TILE
+    lengths = [1, 100, 128, 129, 1024, 1152, 12_416, 16_384, 16_512, 55_808, 65_536, 100_000]
+    assert [memory_items.padded_length(n) for n in lengths] == [attention.padded_length(n) for n in lengths]
 
 
 # ---- by hand
@@ -180,7 +193,7 @@ def test_more_gpus_and_cheaper_settings_take_less():
     order = [Setup(EIGHT_B, 2, gpus=1, zero=2), base, dataclasses.replace(base, gpus=4), dataclasses.replace(base, gpus=8)]
     sizes = [total_bytes(s) for s in order]
     assert sizes == sorted(sizes, reverse=True)
-    large = dataclasses.replace(base, tokens=32_768, predictions=16_000, recomputes=False)
+    large = dataclasses.replace(base, tokens=32_768, predictions=16_000, recomputed_layers=20)
     names = [name for name, other in memory_estimate.alternatives(large) if total_bytes(other) < total_bytes(large)]
     # ZeRO-3 does not pay here: an engine with weights of its own comes with it.
     assert "training.gradient_checkpointing_enable=true" in names and "training.max_tokens_per_microbatch=2048" in names
@@ -191,12 +204,164 @@ def test_a_value_model_and_a_reference_are_counted():
     base = Setup(EIGHT_B, 2, gpus=8, zero=2)
     critic = num_parameters(EIGHT_B, has_head=False)
     both = dataclasses.replace(base, value=EIGHT_B, has_reference=True)
-    extra = update_bytes(both) - update_bytes(base)
+    extra = torch_bytes(both) - torch_bytes(base)
     assert extra == pytest.approx(critic * (2 + 12 / 8 + 4 / 8) + 2 * num_parameters(EIGHT_B))
     resting = dataclasses.replace(both, value_rests=True)
     rollout = [sum(item.rollout for item in estimate(s)) for s in (both, resting)]
     assert rollout[0] - rollout[1] == pytest.approx(critic * (2 + 12 / 8))
-    assert update_bytes(resting) == update_bytes(both)
+    assert torch_bytes(resting) == torch_bytes(both)
+
+
+# ---- how many layers are recomputed
+
+
+CHOOSING = {
+    "ZeRO-2": Setup(EIGHT_B, 2, gpus=2, zero=2, fused=True),
+    "ZeRO-1, gradients beside their sum": Setup(SHAPES["sdar-1.7b"], 2, gpus=1, zero=1, tokens=65_536, predictions=30_000),
+    "ZeRO-3, a value model": Setup(EIGHT_B, 2, gpus=8, zero=3, value=EIGHT_B, tokens=65_536, predictions=30_000, fused=True),
+    "adapter, nothing sampled": Setup(EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, samples=False, tokens=32_768),
+}
+
+
+@pytest.mark.parametrize("name", CHOOSING)
+def test_the_fewest_layers_that_fit_are_recomputed(name):
+    """Against all numbers of layers one by one, for GPUs of all sizes; more memory never means more recomputation."""
+    s = CHOOSING[name]
+    needed = [update_bytes(dataclasses.replace(s, recomputed_layers=n)) for n in range(s.shape.num_layers + 1)]
+    assert needed[-1] == update_bytes(s) < needed[0]
+    before, seen = s.shape.num_layers, set()
+    for gib in range(10, 700, 5):
+        chosen = choose_recomputed(s, gib * GIB)
+        number = chosen.num_recomputed
+        assert dataclasses.replace(chosen, recomputed_layers=None) == s
+        fitting = [n for n, size in enumerate(needed) if size <= 0.9 * gib * GIB]
+        assert number == (fitting[0] if fitting else s.shape.num_layers) <= before
+        before = number
+        seen.add(number)
+    assert {0, s.shape.num_layers} < seen and len(seen) > 5
+
+
+def test_activations_by_moment_by_hand():
+    """10 layers, 120 tokens filled up to 128 for attention, ZeRO-1: gradients in bfloat16 appear from the last layer on."""
+    shape = dataclasses.replace(SHAPES["tiny"], num_layers=10)
+    # q and the output 4 heads of 16, k and v 2.
+    kept = 120 * memory_items.kept_per_token(shape, 2) + 8 * 2 * 2 * (64 + 32)
+    working, hidden = 120 * memory_items.backward_per_token(shape, 2), 120 * 2 * 64
+    vocabulary, layer = 2 * 160 * 64, 2 * memory_items.layer_parameters(shape)
+
+    def of(recomputed_layers: int | None, **changes) -> dict[str, tuple[float, float, float]]:
+        s = Setup(shape, 2, gpus=1, zero=1, tokens=120, predictions=50, recomputed_layers=recomputed_layers, **changes)
+        return memory_items.moments_of_update(s, states(s, num_parameters(shape), num_parameters(shape), 160 * 64))
+
+    none, some, every = of(0), of(3), of(None)
+    assert "last recomputed layer" not in none
+    assert none["last layer"] == (vocabulary, 10 * kept + working, 0)
+    assert none["first layer"] == (vocabulary + 9 * layer, kept + working, 0)
+    assert some["last layer"] == (vocabulary, 7 * kept + 3 * hidden + working, 0)
+    assert some["last recomputed layer"] == (vocabulary + 7 * layer, 3 * hidden + kept + working, 0)
+    assert some["first layer"] == every["first layer"] == (vocabulary + 9 * layer, hidden + kept + working, 0)
+    assert every["last recomputed layer"] == (vocabulary, 10 * hidden + kept + working, 0)
+    assert none["head"][1] - some["head"][1] == 3 * (kept - hidden)
+    assert of(10) == every
+    fused = 120 * memory_items.kept_per_token(shape, 2, fused=True)
+    assert of(0, fused=True, attention="full")["first layer"][1] == fused + working
+    assert of(0, fused=True)["first layer"][1] == fused + working + 8 * 2 * 2 * (64 + 32) + 120 * 2 * 32  # and a copy of v
+
+
+def test_a_value_model_keeps_as_many_layers_as_the_policy():
+    s = Setup(EIGHT_B, 2, gpus=1, zero=1, recomputed_layers=26)  # of 36: 10 are kept
+    assert [s.recomputed_of(depth) for depth in (36, 28, 10, 4, 40)] == [26, 18, 0, 0, 30]
+    assert [dataclasses.replace(s, recomputed_layers=None).recomputed_of(depth) for depth in (36, 28, 40)] == [36, 28, 40]
+
+
+def test_all_ranks_go_by_the_smallest_gpu(monkeypatch):
+    sizes = [80, 139, 141]
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=sizes[1]))
+    monkeypatch.setattr(run.dist, "gather_objects", lambda accelerator, own: [own if own == size else size for size in sizes])
+    assert run.gpu_memory(SimpleNamespace(device=torch.device("cuda"))) == 80
+    assert run.gpu_memory(SimpleNamespace(device=torch.device("cpu"))) is None
+
+
+def test_a_run_recomputes_what_was_chosen(tmp_path, monkeypatch, capsys):
+    """On a CPU that is said to be a GPU just too small to keep all; the critic likewise."""
+
+    def start(*overrides: str) -> run.Run:
+        forget_accelerator()
+        models = ["model.pretrained_model=tiny-random", "model.value_base_model=tiny-random"]
+        return run.Run(rl_config(*models, f"experiment.project={tmp_path / 'run'}", *overrides), 4, 1.0, samples=True)
+
+    def recomputed(job: run.Run) -> list[int]:
+        return [model.decoder.recomputed_layers for model in (job.model, job.value.model)]
+
+    auto = "training.gradient_checkpointing_enable=auto"
+    assert recomputed(start(auto)) == [0, 0] and "memory" not in capsys.readouterr().out
+    monkeypatch.setattr(run, "gpu_memory", lambda accelerator: 80 * GIB)
+    roomy = start(auto)
+    assert recomputed(roomy) == [0, 0] and "(auto): 0 of 2, the fewest" in capsys.readouterr().out
+    monkeypatch.setattr(run, "gpu_memory", lambda accelerator: int(update_bytes(roomy.setup) / MARGIN) - 2)
+    assert recomputed(start(auto)) == [1, 1]
+    said = capsys.readouterr().out
+    assert "1 of 2 layers recomputed" in said and "(auto): 1 of 2, the fewest" in said
+    for setting, expected in ("true", [2, 2]), ("false", [0, 0]):
+        assert recomputed(start(f"training.gradient_checkpointing_enable={setting}")) == expected
+        assert "(auto)" not in capsys.readouterr().out
+    forget_accelerator()
+
+
+@pytest.mark.parametrize("zero", [1, 2, 3])
+def test_what_rests_is_not_there_while_sampling(zero):
+    """By the table of docs/scaling.md: 8 GPUs, bfloat16, AdamW; what the update takes is the same."""
+    s = Setup(EIGHT_B, 2, gpus=8, zero=zero)
+    resting = dataclasses.replace(s, optimizer_rests=True)
+    n = num_parameters(EIGHT_B)
+    saved = sum(item.rollout for item in estimate(s)) - sum(item.rollout for item in estimate(resting))
+    vocabulary = 151_936 * 4096  # the largest tensor, and more than a bucket
+    buckets = 2 * vocabulary + 4 * vocabulary / 8 if zero == 3 else 0
+    assert saved == pytest.approx(n * {1: 4 + 12 / 8, 2: 12 / 8, 3: 2 / 8 + 4 / 8 + 12 / 8}[zero] + buckets)
+    assert update_bytes(resting) == update_bytes(s)
+
+
+def test_who_rests_is_chosen_by_what_the_engine_wants():
+    """8B on eight GPUs under ZeRO-2, a value model of the same size beside it, 64 sequences of up to 2,784 tokens in flight."""
+    s = Setup(EIGHT_B, 2, gpus=8, zero=2, value=EIGHT_B, max_active=64)
+    n, critic = num_parameters(EIGHT_B), num_parameters(EIGHT_B, has_head=False)
+    graphs, _, workspace = memory_items.engine_bytes(s)
+    # 36 layers of 8 heads of 128, keys and values; ceil(2,788 / 64) pages and one more for each.
+    wants = graphs + (64 * 45 * 64 * 2 * 36 * 8 * 128 * 2 + workspace) / 0.9
+    assert memory_items.engine_wants(s) == pytest.approx(wants)
+    fixed = memory_items.outside(s) + 2 * n + wants
+    value, optimizer = critic * (2 + 12 / 8), n * 12 / 8
+    for gpu_bytes, who in (
+        (fixed + value + optimizer + GIB, (False, False)),
+        (fixed + value + optimizer - GIB, (True, False)),
+        (fixed + optimizer + GIB, (True, False)),
+        (fixed + optimizer - GIB, (True, True)),
+    ):
+        chosen = memory_items.choose_resting(s, gpu_bytes, value=True, optimizer=True)
+        assert (chosen.value_rests, chosen.optimizer_rests) == who
+    assert not memory_items.choose_resting(s, fixed, value=True, optimizer=False).optimizer_rests
+    referred = dataclasses.replace(s, has_reference=True)  # leaves last
+    for gpu_bytes, rests in ((fixed + 2 * n + GIB, False), (fixed + 2 * n - GIB, True)):
+        chosen = memory_items.choose_resting(referred, gpu_bytes, value=True, optimizer=True)
+        assert chosen.value_rests and chosen.optimizer_rests and chosen.reference_rests == rests
+        sampling = {item.name: item.rollout for item in estimate(chosen)}
+        assert sampling["frozen reference"] == (0 if rests else 2 * n)
+    finetuning = dataclasses.replace(s, samples=False)
+    assert not memory_items.choose_resting(finetuning, fixed, value=True, optimizer=True).optimizer_rests
+
+
+def test_what_an_engine_of_canvases_wants():
+    """Its forwards are over so many rows, unless a canvas is longer; what is stored is of every canvas."""
+    s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention="full", prompt=1000, response=1048, max_active=8)
+    _, stored, workspace = memory_items.engine_bytes(s)
+    activations = workspace - memory_items.CANVAS_LOGITS_BYTES
+
+    def wants(**changes) -> float:
+        return 0.9 * memory_items.engine_wants(dataclasses.replace(s, **changes)) - memory_items.CANVAS_LOGITS_BYTES
+
+    assert wants() == pytest.approx(8 * (stored + activations))
+    assert wants(max_active=64) == pytest.approx(64 * stored + 16 * activations)
+    assert wants(max_active=64, caches=False) == pytest.approx(16 * activations)
 
 
 # ---- what is refused, and how
@@ -209,7 +374,7 @@ def test_what_cannot_fit_is_refused_with_what_would_fit():
     assert "\n" not in message and "optimizer states 92" in message
     assert "training.lora.rank=32" in message and "2 GPUs with ZeRO-3" in message and "experiment.check_memory=false" in message
     with pytest.raises(UserError, match="What fits: training.gradient_checkpointing_enable=true"):
-        check_fits(Setup(EIGHT_B, 2, gpus=8, zero=2, tokens=65_536, predictions=30_000, recomputes=False), H200)
+        check_fits(Setup(EIGHT_B, 2, gpus=8, zero=2, tokens=65_536, predictions=30_000, recomputed_layers=0), H200)
     check_fits(Setup(EIGHT_B, 2, gpus=2, zero=2), H200)
     check_fits(Setup(EIGHT_B, 2, gpus=8, zero=3), 80 * GIB)
 
@@ -244,18 +409,20 @@ def test_finetuning_samples_only_to_evaluate():
     assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
 
 
-def test_a_start_on_a_gpu_says_the_table_and_refuses(monkeypatch, capsys):
+def test_a_start_on_a_gpu_says_the_table_and_refuses(capsys):
     """Run.check_memory with a GPU that is not there; the model's weights need not be either."""
     config = load_config("rl", ["config=configs/rl_sdar.yaml", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"])
     model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=int(H200)))
+    job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True, gpu_bytes=int(H200), rest=SimpleNamespace())
     with pytest.raises(UserError, match="memory: about 1[67]. GiB"):
         run.Run.check_memory(job, model, samples=True)
-    assert "optimizer states" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "optimizer states" in said
+    assert said.endswith("(auto): 36 of 36, and still the update takes more than 90% of the GPU's 139.8 GiB\n")
     config.experiment.check_memory = False
     run.Run.check_memory(job, model, samples=True)
+    assert job.setup.num_recomputed == 36
 
 
 def test_the_command(tmp_path):

@@ -22,6 +22,7 @@ from tests.train.steps import (
     tiny_model,
 )
 from train.layout import Layout
+from train.offload import Rest
 from train.packing import Predictions, number
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
@@ -221,18 +222,25 @@ def test_a_shared_head_is_found_again_by_the_next_run(rollouts, tmp_path):
 
 
 def test_resting_twice_loses_nothing(saved_model):
-    """A step with several rounds of rollouts rests before each; on a CPU its storages stand for the GPU's."""
+    """A step with several rounds of rollouts rests before each; on a CPU its storages stand for the GPU's. The policy, which the
+    engine samples with, stays."""
     forget_accelerator()
-    config = rl_config(f"model.value_base_model={saved_model}", "model.value_offload=always")
+    config = rl_config(f"model.value_base_model={saved_model}")
     accelerator = dist.make_accelerator(config)
-    policy_trainer(tiny_model(3), config, accelerator, 1.0)
+    policy = policy_trainer(tiny_model(3), config, accelerator, 1.0)
     value = ValueUpdate(config, dist.value_accelerator(accelerator))
+    rest = Rest(dist.Stopwatch(accelerator), accelerator.device)
+    rest.add(value.trainer, "always", keeps_weights=False)
+    rest.add(policy, "always", keeps_weights=True)
     before = {name: p.detach().clone() for name, p in value.trainer.module.named_parameters()}
-    value.rest()
-    value.rest()
+    rest.down()
+    rest.down()
     assert all(p.untyped_storage().nbytes() == 0 for p in value.trainer.module.parameters())
-    value.wake()
-    value.wake()
+    assert all(p.untyped_storage().nbytes() > 0 for p in policy.module.parameters())
+    with pytest.raises(AssertionError):
+        value.trainer.outputs([], 1)
+    rest.up()
+    rest.up()
     forget_accelerator()
     assert all(torch.equal(p, before[name]) for name, p in value.trainer.module.named_parameters())
 
