@@ -2,9 +2,9 @@
 
 A *canvas* is a prompt and the whole response, masks included: T positions that all see one another. A forward holds one item per
 canvas: all of it (a *refresh*), or a *window* of it, whose rows see the keys of their own item and, of what is outside, those that
-the last refresh stored. Rows of all items are packed, without padding (but see sample/canvas_graphs.py). Within a layer the rows' keys and values are stored first;
-then an item sees the first `num_keys` entries of its slot: what is behind the window is either as the refresh left it (dual
-cache) or beyond `num_keys` (prefix cache with a horizon).
+the last refresh stored. Rows of all items are packed, without padding; sample/canvas_graphs.py has another way. Within a layer the
+rows' keys and values are stored first; then an item sees the first `num_keys` entries of its slot: what is behind the window is
+either as the refresh left it (dual cache) or beyond `num_keys` (prefix cache with a horizon).
 
 Shapes: N rows of a forward, n items, S slots, T positions of a slot; H query heads, G key/value heads, K head_dim.
 """
