@@ -5,8 +5,9 @@
 
 Each seed finetunes one model (the config's `model.prepare_config`) in one process, and every mode trains it by the same config.
 Jobs are processes, `--workers` at a time; each gets the GPUs that the fewest processes are on, and they share what is compiled.
-Rates are those of the last evaluation in the run. Two modes are as far apart as the means over seeds differ, in standard errors of
-that difference: of the tasks, or of the seeds, whichever is larger.
+Rates are those of the last evaluation in the run; beside them the mean solve rate of its last third of steps, which is of many more
+tasks. Two modes are as far apart as the means over seeds differ, in standard errors of that difference: of the tasks, or of the
+seeds, whichever is larger.
 
 A job that fails is started once more and goes on where it was, and `--out` is written whenever a job has ended. What a job has
 printed and what it has ended with are beside its run directory (.log, .json): the same call again runs what is missing, so that
@@ -36,7 +37,7 @@ MODES = {"one process": None, "ddp": "null", "zero2": "1_node_{}_gpus_deepspeed_
 """By name `experiment.deepspeed_file`, {} being the number of processes; None: of the run in one process."""
 ATTEMPTS = 2
 Run = dict[str, float]
-"""Accuracy, its standard error, seconds."""
+"""Accuracy, its standard error, seconds; of RL the solve rate of the last third of steps."""
 
 
 class Gpus:
@@ -142,7 +143,8 @@ class Comparison:
                 try:
                     environment = {**self.caches, **place}
                     seconds = call(script, *arguments, quiet=True, environment=environment, log=log)
-                    run = {**last_evaluation(read_metrics(ROOT / project)), "seconds": seconds}
+                    rows = read_metrics(ROOT / project)
+                    run = {**last_evaluation(rows), **late_rate(rows), "seconds": seconds}
                     kept.write_text(json.dumps({"settings": arguments, "run": run}))
                     return run
                 except SystemExit:
@@ -179,6 +181,12 @@ def last_evaluation(rows: list[dict[str, Any]]) -> Run:
     }
 
 
+def late_rate(rows: list[dict[str, Any]]) -> Run:
+    """Mean solve rate of the last third of RL steps; nothing of other runs."""
+    rates = [row["rollout/solve_rate"] for row in rows if "rollout/solve_rate" in row]
+    return {"late_solve_rate": statistics.fmean(rates[-max(1, len(rates) // 3) :])} if rates else {}
+
+
 def summary(runs: list[Run]) -> tuple[float, float]:
     """Mean accuracy over seeds, and its standard error."""
     rates, number = [run["accuracy"] for run in runs], len(runs)
@@ -201,14 +209,21 @@ def furthest(results: dict[str, list[Run]]) -> tuple[str, str, float]:
 
 def table(results: dict[str, list[Run | None]], seeds: list[int]) -> str:
     """A run that has not ended is a dash."""
-    lines = ["| | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean (s.e.) | seconds |", "|---" * (len(seeds) + 3) + "|"]
+    names = [*(f"seed {seed}" for seed in seeds), "mean (s.e.)", "last third of steps", "seconds"]
+    lines = ["| | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
     for mode, runs in results.items():
-        cells = ["-" if run is None else f"{run['accuracy']:.3f}" for run in runs]
         there = [run for run in runs if run is not None]
         mean, error = summary(there) if there else (float("nan"), float("nan"))
-        seconds = statistics.fmean(run["seconds"] for run in there) if there else float("nan")
-        lines.append(f"| {mode} | " + " | ".join(cells) + f" | {mean:.3f} ({error:.3f}) | {seconds:.0f} |")
+        late, seconds = (mean_of(there, name) for name in ("late_solve_rate", "seconds"))
+        cells = ["-" if run is None else f"{run['accuracy']:.3f}" for run in runs]
+        lines.append("| " + " | ".join([mode, *cells, f"{mean:.3f} ({error:.3f})", f"{late:.3f}", f"{seconds:.0f}"]) + " |")
     return "\n".join(lines)
+
+
+def mean_of(runs: list[Run], name: str) -> float:
+    """Over the runs that have it; nan: none has."""
+    values = [run[name] for run in runs if name in run]
+    return statistics.fmean(values) if values else float("nan")
 
 
 def main(argv: list[str] | None = None) -> dict[str, list[Run | None]]:

@@ -314,7 +314,7 @@ def full_pack(arguments: Any) -> dict[str, float]:
     flops = layer_flops(decoder.config, pack)
 
     def run() -> None:
-        decoder.zero_grad(set_to_none=False)
+        decoder.zero_grad(set_to_none=True)
         attend = attention_backend(arguments.backend, pack.token_ids, dtype)
         hidden = decoder(pack.input_ids, pack.positions, attend)
         hidden.backward(hidden.detach())

@@ -7,12 +7,12 @@ import json
 import pytest
 
 from benchmarks import parallel_modes
-from benchmarks.parallel_modes import MODES, Gpus, furthest, last_evaluation, summary, table
+from benchmarks.parallel_modes import MODES, Gpus, furthest, last_evaluation, late_rate, summary, table
 from common.deepspeed_files import deepspeed_file_names
 
 
 def run(accuracy: float, error: float) -> dict[str, float]:
-    return {"accuracy": accuracy, "standard_error": error, "seconds": 10.0}
+    return {"accuracy": accuracy, "standard_error": error, "late_solve_rate": accuracy / 2, "seconds": 10.0}
 
 
 def test_means_and_distances_by_hand():
@@ -23,13 +23,19 @@ def test_means_and_distances_by_hand():
     assert summary(wide) == (pytest.approx(0.8), pytest.approx(0.1 / 3**0.5))
     one, other, gap = furthest({"a": close, "b": wide, "c": close})
     assert (one, other) == ("a", "b") and gap == pytest.approx(0.1 / (0.0009 / 3 + 0.01 / 3) ** 0.5)
-    assert "| b | 0.700 | 0.800 | 0.900 | 0.800 (0.058) | 10 |" in table({"b": wide}, [1, 2, 3])
-    assert "| b | 0.700 | - | 0.900 | 0.800 (0.100) | 10 |" in table({"b": [wide[0], None, wide[2]]}, [1, 2, 3])
+    assert "| b | 0.700 | 0.800 | 0.900 | 0.800 (0.058) | 0.400 | 10 |" in table({"b": wide}, [1, 2, 3])
+    assert "| b | 0.700 | - | 0.900 | 0.800 (0.100) | 0.400 | 10 |" in table({"b": [wide[0], None, wide[2]]}, [1, 2, 3])
 
 
 def test_the_last_evaluation_counts():
     rows = [{"step": n, "eval/dynamic/accuracy": rate, "eval/dynamic/standard_error": 0.1} for n, rate in [(1, 0.2), (2, 0.6)]]
     assert last_evaluation([*rows, {"step": 3, "train/loss": 1.0}]) == {"accuracy": 0.6, "standard_error": 0.1}
+
+
+def test_the_last_third_of_steps():
+    rows = [{"step": n, "rollout/solve_rate": rate} for n, rate in enumerate([0.0, 0.1, 0.2, 0.3, 0.5, 0.9])]
+    assert late_rate([*rows, {"step": 9, "eval/dynamic/accuracy": 1.0}]) == {"late_solve_rate": pytest.approx(0.7)}
+    assert late_rate(rows[1:2]) == {"late_solve_rate": 0.1} and late_rate([{"step": 1}]) == {}
 
 
 def test_the_files_of_the_modes_exist():

@@ -134,7 +134,7 @@ def test_attention_runs_at_few_sizes(monkeypatch, kind):
     out = flex_attention(ids)(0, q, k, v)
     assert out.shape == q.shape and (out - dense_attention(ids)(0, q, k, v)).abs().max() < 1e-5
     ids.attended_length = 12 * TILE  # as all packs of a job have it
-    assert torch.equal(flex_attention(ids)(0, q, k, v), out)
+    assert (flex_attention(ids)(0, q, k, v) - out).abs().max() < 1e-5
     assert sizes == [10 * TILE, 12 * TILE]
     few = {padded_length(n) for n in range(TILE, 16 * TILE * 8 + 1, TILE)}
     assert padded_length(12_845 // TILE * TILE) == 14_336 and padded_length(16_384) == 16_384 and padded_length(TILE) == TILE
@@ -146,6 +146,7 @@ def test_which_backend_is_chosen(monkeypatch):
     assert whole.whole is not None and blocks.whole is None
     assert best_backend(whole, torch.bfloat16) == "dense", "on a CPU"
     on_gpu = SimpleNamespace(document=SimpleNamespace(is_cuda=True), whole=whole.whole)
+    monkeypatch.setattr(launch, "_fused", False)
     assert best_backend(on_gpu, torch.bfloat16) == "flex", "fused kernels are off"
     monkeypatch.setattr(launch, "_fused", True)
     for ids, dtype, name in [(whole, torch.bfloat16, "varlen"), (whole, torch.float32, "flex"), (blocks, torch.bfloat16, "flex")]:
