@@ -40,6 +40,8 @@ MARGIN = 0.9
 """The share of a GPU that an update may take where recomputation is chosen by memory. The rest is for what the estimate misses
 (2% of measured peaks, but DeepSpeed's share is read in its code) and for what torch's allocator holds in pieces that fit nothing,
 packs being of many sizes. What is recomputed needlessly costs a fifth of the update's time at most, memory that is full the run."""
+ENOUGH_IN_FLIGHT = 128
+"""Sequences of a block model: twice as many gave 4% to 7% more tokens/s on an H200 (docs/results.md), not worth moving things."""
 TILE = 128
 """As train/loop.py rounds packs up."""
 PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
@@ -275,13 +277,15 @@ def engine_bytes(s: Setup) -> tuple[float, float, float]:
 
 
 def engine_wants(s: Setup) -> float:
-    """Bytes of free memory with which the engine has all `max_active` sequences in flight, each as long as it may become."""
+    """Bytes of free memory with which the engine has as many of the `max_active` sequences in flight as help, each as long as it
+    may become."""
     graphs, cache, workspace = engine_bytes(s)
+    num_active = s.max_active if s.attention == "full" else min(s.max_active, ENOUGH_IN_FLIGHT)
     if s.attention == "full":  # forwards over as many canvases as come to so many rows
         length = s.prompt + s.response
         activations = workspace - CANVAS_LOGITS_BYTES
         workspace += activations * (max(1.0, min(s.max_active, ROWS_AT_A_TIME / length)) - 1)
-    return graphs + (s.max_active * cache + workspace) / MEMORY_SHARE
+    return graphs + (num_active * cache + workspace) / MEMORY_SHARE
 
 
 def choose_resting(s: Setup, gpu_bytes: float, value: bool, optimizer: bool) -> Setup:

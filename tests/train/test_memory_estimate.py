@@ -329,6 +329,12 @@ def test_who_rests_is_chosen_by_what_the_engine_wants():
     # 36 layers of 8 heads of 128, keys and values; ceil(2,788 / 64) pages and one more for each.
     wants = graphs + (64 * 45 * 64 * 2 * 36 * 8 * 128 * 2 + workspace) / 0.9
     assert memory_items.engine_wants(s) == pytest.approx(wants)
+    for num_active in (128, 256):  # results and logits are of all, the cache need not be
+        more = dataclasses.replace(s, max_active=num_active)
+        graphs, _, workspace = memory_items.engine_bytes(more)
+        assert memory_items.engine_wants(more) - graphs - workspace / 0.9 == pytest.approx(
+            128 * 45 * 64 * 2 * 36 * 8 * 128 * 2 / 0.9
+        )
     fixed = memory_items.outside(s) + 2 * n + wants
     value, optimizer = critic * (2 + 12 / 8), n * 12 / 8
     for gpu_bytes, who in (
