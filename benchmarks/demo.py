@@ -45,14 +45,20 @@ def call(script: str, *arguments: str, quiet: bool, environment: dict[str, str] 
     return time.perf_counter() - start
 
 
+def shared_caches(folder: Path) -> dict[str, str]:
+    """Variables for `call`: jobs keep what is compiled (on a GPU) in one place, and not each in its run directory."""
+    cache = (ROOT / folder).absolute() / "cache"
+    defaults = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
+    return {name: os.environ.get(name, value) for name, value in defaults.items()}
+
+
 def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False) -> dict[str, float | str]:
     """SFT, RL and evaluation of one seed; returns what the table shows."""
     shutil.rmtree(ROOT / folder, ignore_errors=True)
-    sft, rl = folder / "sft", folder / "rl"
+    sft, rl, caches = folder / "sft", folder / "rl", shared_caches(folder)
     seconds = {}
-    seconds["sft"] = call(
-        "train/sft_sdar.py", "config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}", quiet=quiet
-    )
+    arguments = ["config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}"]
+    seconds["sft"] = call("train/sft_sdar.py", *arguments, quiet=quiet, environment=caches)
     model = sft / "ckpt" / "optimized"
     arguments = [
         "config=configs/rl_tiny.yaml",
@@ -62,15 +68,16 @@ def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False)
     ]
     if control:
         arguments += [f"experiment.plugins=[{CONTROL}]", "reward.function=exact_permuted"]
-    before = evaluate(folder / "eval_before", model, quiet)
-    seconds["rl"] = call("rl.py", *arguments, quiet=quiet)
-    after = evaluate(folder / "eval_after", rl / "ckpt" / "optimized", quiet)
+    before = evaluate(folder / "eval_before", model, quiet, caches)
+    seconds["rl"] = call("rl.py", *arguments, quiet=quiet, environment=caches)
+    after = evaluate(folder / "eval_after", rl / "ckpt" / "optimized", quiet, caches)
     return {"seed": f"{seed}{' permuted' if control else ''}", "before": before, "after": after, "seconds": seconds}
 
 
-def evaluate(folder: Path, model: Path, quiet: bool) -> dict[str, dict[str, float]]:
+def evaluate(folder: Path, model: Path, quiet: bool, environment: dict[str, str] | None = None) -> dict[str, dict[str, float]]:
     """Held-out numbers, sampled (temperature 1) and greedy, both by dynamic unmasking."""
-    call("eval.py", "config=configs/tiny_eval.yaml", f"experiment.project={folder}", f"model.pretrained_model={model}", quiet=quiet)
+    arguments = ["config=configs/tiny_eval.yaml", f"experiment.project={folder}", f"model.pretrained_model={model}"]
+    call("eval.py", *arguments, quiet=quiet, environment=environment)
     results = {result["name"]: result for result in json.loads((ROOT / folder / "results" / "tiny_sort_test.json").read_text())}
     return {"sampled": results[SAMPLED], "greedy": results[GREEDY]}
 

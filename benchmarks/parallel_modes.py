@@ -29,7 +29,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Iterator
 
-from benchmarks.demo import ROOT, call
+from benchmarks.demo import ROOT, call, shared_caches
 from common.launch import visible_gpus
 from common.metrics import read_metrics
 
@@ -65,22 +65,14 @@ class Gpus:
                 self.processes |= {gpu: self.processes[gpu] - 1 for gpu in taken}
 
 
-def shared_caches(folder: Path) -> dict[str, str]:
-    """Where all jobs keep what is compiled, and in the process itself: a pool of compilers in each would be hundreds."""
-    defaults = {
-        "TORCHINDUCTOR_CACHE_DIR": str((ROOT / folder).absolute() / "cache" / "inductor"),
-        "TRITON_CACHE_DIR": str((ROOT / folder).absolute() / "cache" / "triton"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "1",
-    }
-    return {name: os.environ.get(name, value) for name, value in defaults.items()}
-
-
 class Comparison:
     """The jobs of one call, and what they have ended with."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments, self.gpus = arguments, Gpus.visible()
-        self.caches = shared_caches(arguments.folder)
+        # Compiled in the process itself: a pool of compilers in each job would be hundreds.
+        self.environment = {"TORCHINDUCTOR_COMPILE_THREADS": os.environ.get("TORCHINDUCTOR_COMPILE_THREADS", "1")}
+        self.environment |= shared_caches(arguments.folder)
         self.started = time.perf_counter()
         self.lock = threading.Lock()
         self.finetuning: list[Run | None] = [None] * len(arguments.seeds)
@@ -141,7 +133,7 @@ class Comparison:
         for attempt in range(1, ATTEMPTS + 1):
             with self.gpus.take(processes) as place:
                 try:
-                    environment = {**self.caches, **place}
+                    environment = {**self.environment, **place}
                     seconds = call(script, *arguments, quiet=True, environment=environment, log=log)
                     rows = read_metrics(ROOT / project)
                     run = {**last_evaluation(rows), **late_rate(rows), "seconds": seconds}

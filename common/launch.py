@@ -317,11 +317,12 @@ class _Ranks:
     def _culprit(self) -> int:
         """Of the ranks that were the first to be seen to fail, the one that began: killed from outside, else the first to leave its
         cause. The others fail because of it ("connection closed by peer"), and may be seen before it is: to them a killed rank is
-        gone, its connections broken, before the system lets go of it.
+        gone, its connections broken, before the system lets go of it (and writes its core).
         """
         codes = [process.returncode for process in self.processes]
         from_outside = {rank for rank, code in enumerate(codes) if code < 0 and (rank, -code) not in self.sent}
-        seen_late = {rank for rank in from_outside if codes[rank] == -signal.SIGKILL}
+        # With SIGABRT torch ends itself where another rank has gone.
+        seen_late = {rank for rank in from_outside if codes[rank] != -signal.SIGABRT and not self._cause_file(rank).exists()}
 
         def when(rank: int) -> tuple[float, int]:
             file = self._cause_file(rank)

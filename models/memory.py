@@ -14,32 +14,45 @@ def free_memory(device: torch.device) -> int:
     return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
-def free_host_memory(root: Path = Path("/")) -> float:
-    """Bytes of the host that processes of this machine, or of this container, can still fill; inf where nobody says.
+CONTROL_GROUPS = {
+    "": ("", "memory.max", "memory.current", "inactive_file"),
+    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+}
+"""Of Linux, version 2 and 1, by what /proc/self/cgroup calls them: folder, limit, use, and the use that is page cache to spare."""
 
-    The kernel's own estimate (MemAvailable), and under a limit of a control group (version 2) what it leaves, page cache that can
-    go counted as free.
+
+def free_host_memory(root: Path = Path("/")) -> float:
+    """Bytes of the host that processes of this machine, container or batch job can still fill; inf where nobody says.
+
+    The kernel's own estimate (MemAvailable), and what the limits of our control group and of those around it leave, page cache
+    that can go counted as free.
     """
-    free = math.inf
-    meminfo = _fields(root / "proc/meminfo")
-    if "MemAvailable:" in meminfo:
-        free = 1024.0 * meminfo["MemAvailable:"]
-    group = root / "sys/fs/cgroup"
-    limit = _number(group / "memory.max")
-    if limit is not None:
-        used = (_number(group / "memory.current") or 0) - _fields(group / "memory.stat").get("inactive_file", 0)
-        free = min(free, limit - used)
+    free = 1024.0 * _fields(root / "proc/meminfo").get("MemAvailable:", math.inf)
+    for line in _lines(root / "proc/self/cgroup"):
+        _, controller, path = line.split(":", 2)
+        if controller not in CONTROL_GROUPS:
+            continue
+        folder, limit_file, used_file, cache = CONTROL_GROUPS[controller]
+        top = root / "sys/fs/cgroup" / folder
+        own = top / path.lstrip("/")  # inside a container it may not be there: then the top is its own
+        for group in (own, *own.parents):
+            limit = _number(group / limit_file) if group.is_relative_to(top) else None
+            if limit is not None:
+                used = (_number(group / used_file) or 0) - _fields(group / "memory.stat").get(cache, 0)
+                free = min(free, limit - used)
     return max(free, 0.0)
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.is_file() else []
 
 
 def _fields(file: Path) -> dict[str, int]:
     """First words of lines, and the numbers behind them."""
-    if not file.is_file():
-        return {}
-    return {words[0]: int(words[1]) for line in file.read_text().splitlines() if (words := line.split())[1:2]}
+    return {words[0]: int(words[1]) for line in _lines(file) if (words := line.split())[1:2]}
 
 
 def _number(file: Path) -> int | None:
     """None where there is no such file, or no limit in it ("max")."""
-    text = file.read_text().strip() if file.is_file() else ""
+    text = "".join(_lines(file)).strip()
     return int(text) if text.isdigit() else None

@@ -272,6 +272,8 @@ def test_free_memory_of_a_host_and_of_its_containers(tmp_path):
     (tmp_path / "proc").mkdir()
     (tmp_path / "proc/meminfo").write_text("MemTotal:  2000 kB\nMemAvailable:  1000 kB\nHugePages_Free: 0\n")
     assert free_host_memory(tmp_path) == 1000 * 1024
+    (tmp_path / "proc/self").mkdir()
+    (tmp_path / "proc/self/cgroup").write_text("1:cpu:/\n0::/\n")
     group = tmp_path / "sys/fs/cgroup"
     group.mkdir(parents=True)
     (group / "memory.max").write_text("max\n")
