@@ -3,7 +3,7 @@
     python -m benchmarks.kernels --shape sdar-4b --active 1,16,64,128,256 --context 1000
     python -m benchmarks.kernels --shape sdar-8b --active 1,128 --sweep
 
-For every number of active sequences: a forward of (n + c) * B rows, c = n / B commit items (one token a forward), contexts around
+For every number of active sequences: a forward of (n + c) * B rows, c = n * reveal / B commit items, contexts around
 --context. Microseconds per call, from replays of a CUDA graph that goes through as many layers as --layers says, so that weights
 and caches come from memory; beside them TB/s or TFLOP/s, and the ceilings measured in the same run. --sweep tries the cuts of the
 product of few rows and of item attention instead.
@@ -73,7 +73,7 @@ class Scene:
         c, size, n = decoder.config, block_size, active
         self.decoder, self.block_size, self.active = decoder, size, n
         torch.manual_seed(0)
-        num_commits = max(1, n // size) if commits is None else commits
+        num_commits = max(1, n // size) if commits is None else commits  # one token a forward
         self.num_rows = (n + num_commits) * size
         # Contexts from half to one and a half times the average, longest first.
         share = torch.linspace(1.5, 0.5, n) if n > 1 else torch.ones(1)
@@ -302,6 +302,7 @@ def main() -> None:
     parser.add_argument("--active", default="1,16,64,128,256", help="sequences, several by commas")
     parser.add_argument("--context", type=int, default=1000, help="average number of tokens of a sequence")
     parser.add_argument("--block-size", type=int, default=4)
+    parser.add_argument("--reveal", type=int, default=1, help="tokens a forward: how many blocks are finished in each")
     parser.add_argument("--sweep", action="store_true", help="tile sizes instead of the chosen ones")
     parser.add_argument("--sweep-rows", type=int, default=8, help="of the products of few rows")
     parser.add_argument("--products", default="qkv,out,gate_up,down,head", help="which of them")
@@ -316,7 +317,8 @@ def main() -> None:
         sweep_products(decoder, arguments.sweep_rows, arguments.products.split(","))
     results: dict[str, Any] = {"ceilings": vars(ceilings), "active": {}}
     for active in (int(n) for n in arguments.active.split(",") if n):
-        scene = Scene(decoder, active, arguments.context, arguments.block_size)
+        commits = max(1, active * arguments.reveal // arguments.block_size)
+        scene = Scene(decoder, active, arguments.context, arguments.block_size, commits)
         if arguments.sweep:
             sweep_attention(scene)
             continue

@@ -321,8 +321,9 @@ class _Ranks:
         """
         codes = [process.returncode for process in self.processes]
         from_outside = {rank for rank, code in enumerate(codes) if code < 0 and (rank, -code) not in self.sent}
-        # With SIGABRT torch ends itself where another rank has gone.
-        seen_late = {rank for rank in from_outside if codes[rank] != -signal.SIGABRT and not self._cause_file(rank).exists()}
+        # Ctrl-C is passed on by us; with SIGABRT torch ends itself where another rank has gone.
+        died = {rank for rank in from_outside if codes[rank] not in (-signal.SIGINT, -signal.SIGABRT)}
+        seen_late = {rank for rank in died if not self._cause_file(rank).exists()}
 
         def when(rank: int) -> tuple[float, int]:
             file = self._cause_file(rank)

@@ -401,13 +401,13 @@ class Training:
     offload_optimizer: Literal["auto", "always", "never"] = "auto"
     """Move optimizer states, gradients and a frozen reference (under ZeRO-3 the trainer's weights too) to the host while the engine
     samples, and back, bit for bit. auto: where the free GPU memory does not hold the keys and values of all sequences that may be
-    in flight, and the host has place."""
+    in flight (of block models: of 128), and the host has place."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
     enable_tf32: bool = True
     """TF32 products for float32 on NVIDIA GPUs."""
     gradient_checkpointing_enable: Literal[True, False, "auto"] = "auto"
-    """Recompute activations layer by layer in the backward: memory against time, never the result. True: of every layer. auto: of
+    """Recompute activations layer by layer in the backward: memory against time, never the result. true: of every layer. auto: of
     as few as leave the update within the GPU's memory by the estimate of it (docs/scaling.md); on a CPU of none."""
     seed: int = 10086
     """Of everything random."""

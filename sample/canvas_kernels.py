@@ -8,6 +8,7 @@ Where the tensors are on the CPU the kernels' torch references run, without grap
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,23 +23,13 @@ from sample.engine import Request, SamplingSettings
 from sample.kernels.matmul import head_logits
 from sample.kernels.sampler import draw_rows
 from sample.pages import PAGE
-from sample.queue import WorkQueue
 from sample.sampling import Draws, in_parts
 
 
 class KernelCanvasGeneration(CanvasGeneration):
-    def __init__(
-        self,
-        engine: KernelCanvasEngine,
-        slots: tuple[int, int],
-        max_rows: int,
-        requests: list[Request],
-        settings: SamplingSettings,
-        weights_version: int,
-        queue: WorkQueue,
-    ) -> None:
-        super().__init__(engine, slots, max_rows, requests, settings, weights_version, queue)
-        self.forwards, self.tile = engine.forwards, tile_rows(settings, engine.family)
+    def __init__(self, engine: KernelCanvasEngine, *arguments: Any) -> None:
+        super().__init__(engine, *arguments)
+        self.forwards, self.tile = engine.forwards, tile_rows(self.settings, self.family)
         self.is_forbidden = torch.zeros(self.decoder.config.vocab_size, dtype=torch.bool, device=self.decoder.device)
         if self.forbidden is not None:
             self.is_forbidden[self.forbidden] = True

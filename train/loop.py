@@ -191,14 +191,14 @@ class Trainer:
 
         False, with nothing moved, where the host would have to give more than `new_host_bytes` for it.
         """
-        things: list[Any] = [self.module, self.optimizer]
-        buckets: dict[Any, Any] = {}  # of gradients on their way to other ranks
+        things, scratch = [self.module, self.optimizer], []
         if dist.uses_deepspeed(self.accelerator):
             things = [self.module.module, self.module.optimizer, self.optimizer]
-            buckets = getattr(self.module.optimizer, "ipg_buckets", {})
+            # Of gradients on their way to other ranks. Not whole buckets: they name weights, too.
+            scratch = [bucket.buffer for bucket in getattr(self.module.optimizer, "ipg_buckets", {}).values()]
         weights = [*things[0].parameters(), *things[0].buffers()]
         stays = [weight.data for weight in weights] if keeps_weights else []  # not what hangs on them
-        return self.offload.leave(things, stays, [buckets], new_host_bytes)
+        return self.offload.leave(things, stays, scratch, new_host_bytes)
 
     def wake(self) -> None:
         """Have all back, bit for bit; nothing to do where it is here."""

@@ -59,6 +59,10 @@ def choice(s: Setup, gpu_bytes: float) -> str:
     return f"{chosen}, {why} {MARGIN:.0%} of the GPU's {gpu_bytes / GIB:.1f} GiB"
 
 
+def whole_tiles(tokens: int) -> int:
+    return -(-tokens // TILE) * TILE
+
+
 def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
     """(what to set, the setup then), from the smallest change on."""
     if s.num_recomputed < s.shape.num_layers:
@@ -66,7 +70,7 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
     if not s.fused:
         yield "training.fused_kernels=true", dataclasses.replace(s, fused=True)
     for budget in (8192, 4096, 2048):
-        tokens = max(budget, s.prompt + s.response)  # as in setup_of
+        tokens = whole_tiles(max(budget, s.prompt + s.response))  # as in setup_of
         if tokens < s.tokens and s.attention == "block":
             fewer = dataclasses.replace(s, tokens=tokens, predictions=min(s.predictions, tokens // 2))
             yield f"training.max_tokens_per_microbatch={budget}", fewer
@@ -140,7 +144,7 @@ def setup_of(
         offload_weights=offload_weights,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
         moments=2 if config.optimizer.name == "adamw" else 0,
-        tokens=-(-budget // TILE) * TILE,
+        tokens=whole_tiles(budget),
         predictions=budget // 2,
         head_chunk=t.head_chunk,
         recomputed_layers=None if t.gradient_checkpointing_enable else 0,

@@ -4,7 +4,8 @@ A job has moments that can be the fullest:
 
     sampling   what stays, and the engine's cache and workspace
     head       backward of the vocabulary's chunks, with all that the layers have kept
-    layers     backward of the last layer (most is kept), of the last that is recomputed, or of the first (most gradients are there)
+    layers     backward of the last layer (most is kept), of the last that is recomputed, or of the first (most gradients are
+               there), of the policy or of a value model
     step       the optimizer's own temporary
 
 What DeepSpeed keeps, per trained parameter on W GPUs, bfloat16 weights (common/dist.py asks for float32 accumulation):
@@ -300,7 +301,7 @@ def choose_resting(s: Setup, gpu_bytes: float, value: bool, optimizer: bool) -> 
 
 
 def moments_of_update(s: Setup, policy: States) -> dict[str, tuple[float, float, float]]:
-    """Of an update by moment: (fresh gradients, activations, head), bytes."""
+    """Of an update by moment: (fresh gradients, activations, the head's or the optimizer's temporary), bytes."""
     c, n = s.shape, s.tokens
     trains = not s.adapter
     hidden = s.itemsize * c.hidden_size
@@ -337,9 +338,15 @@ def estimate(s: Setup) -> list[Item]:
     largest = 0 if s.adapter else vocabulary_parameters(c)
     policy = states(s, num_parameters(c) + s.adapter, s.num_trained, largest)
     moments = moments_of_update(s, policy)
+    if s.value is not None:
+        trained = dataclasses.replace(s, shape=s.value, recomputed_layers=s.recomputed_of(s.value.num_layers))
+        num_value = num_parameters(s.value, has_head=False)
+        value = states(trained, num_value, s.adapter or num_value, vocabulary_parameters(s.value))
+        own = moments_of_update(trained, value)
+        moments |= {f"value model's {name}": own[name] for name in own if name != "head"}  # of one column
     moment = max(moments, key=lambda name: sum(moments[name]))
-    fresh, activations, head = moments[moment]
-    temporary = {"head": f"head, {min(s.head_chunk, s.predictions):,} rows at a time", "step": "the optimizer's temporary"}
+    fresh, activations, extra = moments[moment]
+    temporary = f"head, {min(s.head_chunk, s.predictions):,} rows at a time" if moment == "head" else "the optimizer's temporary"
     how = f"{s.num_recomputed} of {c.num_layers} layers recomputed" if s.num_recomputed else "kept"
     stays = 0.0 if s.optimizer_rests else 1.0
     # The buckets of DDP are out of reach.
@@ -351,14 +358,11 @@ def estimate(s: Setup) -> list[Item]:
         Item("DeepSpeed's buckets", policy.buffers * stays if s.zero == 3 else 0.0, policy.buffers),
         Item("gathered weights", 0.0, policy.gathered),
         Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations, "tokens recompute"),
-        Item(temporary.get(moment, "head"), 0.0, head, "chunk"),
+        Item(temporary, 0.0, extra, "chunk"),
     ]
     if s.value is not None:
-        num_value = num_parameters(s.value, has_head=False)
-        trained = dataclasses.replace(s, shape=s.value)
-        value = states(trained, num_value, s.adapter or num_value, vocabulary_parameters(s.value))
         total = value.weights + value.optimizer
-        rest = 0.0 if s.value_rests else total + value.gradients_at_rest
+        rest = (0.0 if s.value_rests else total) + (0.0 if s.value_rests and s.zero else value.gradients_at_rest)
         items.append(Item("value model", rest, total + value.gradients, "value"))
     if s.has_reference:
         whole = s.itemsize * num_parameters(c)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Iterator
+from typing import TYPE_CHECKING, Any, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,8 +52,7 @@ def tensors_in(thing: Any, seen: dict[int, Any]) -> Iterator[Tensor]:
     elif isinstance(thing, nn.Module):
         for tensor in [*thing.parameters(), *thing.buffers()]:
             yield from tensors_in(tensor, seen)
-    # DeepSpeed's optimizers are none of torch's.
-    elif isinstance(thing, torch.optim.Optimizer) or any(word in type(thing).__name__ for word in ("Optimizer", "Bucket")):
+    elif isinstance(thing, torch.optim.Optimizer) or "Optimizer" in type(thing).__name__:  # DeepSpeed's are none of torch's
         yield from tensors_in(vars(thing), seen)
 
 
@@ -120,7 +119,7 @@ class Offload:
 
     @torch.no_grad()
     def leave(
-        self, things: list[Any], stays: list[Any], scratch: list[Any] | None = None, new_host_bytes: float = math.inf
+        self, things: list[Any], stays: list[Any], scratch: Sequence[Any] = (), new_host_bytes: float = math.inf
     ) -> bool:
         """Empty all storages on the device that `things` hold and `stays` do not: nothing may compute with them until `come_back`.
 
@@ -132,7 +131,7 @@ class Offload:
         seen: dict[int, Any] = {}
         known = {t.untyped_storage().data_ptr() for thing in stays for t in tensors_in(thing, seen) if self._is_here(t)}
         moved, start = [], 0
-        for group, is_kept in ((scratch or [], False), (things, True)):
+        for group, is_kept in ((scratch, False), (things, True)):
             seen = {}
             for tensor in (t for thing in group for t in tensors_in(thing, seen) if self._is_here(t)):
                 storage = tensor.untyped_storage()
@@ -213,7 +212,7 @@ class Frozen:
 
     def rest(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
         """As `Trainer.rest`."""
-        return self.offload.leave([self.module], [self.module] if keeps_weights else [], None, new_host_bytes)
+        return self.offload.leave([self.module], [self.module] if keeps_weights else [], new_host_bytes=new_host_bytes)
 
     def wake(self) -> None:
         self.offload.come_back()

@@ -22,6 +22,7 @@ from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_
 from models.family import TINY_RANDOM
 from models.kernels.launch import set_fused
 from models.lora import merged_folder, prepare_for_training
+from train.loop import Trainer
 from train.memory_estimate import check_fits, choice, read_shape, setup_of
 from train.memory_estimate import table as memory_table
 from train.memory_items import Setup, engine_wants
@@ -88,16 +89,19 @@ class Run:
         self.model = self.load_model(check_all)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
         self.trainer = policy_trainer(self.model, config, self.accelerator, temperature)
+        self.trained: dict[str, tuple[Pretrained, Trainer]] = {dist.POLICY: (self.model, self.trainer)}
+        """What has an optimizer of its own, by name."""
         self.value: ValueUpdate | SharedValueUpdate | None = None
         if config.model.value_shared:
             self.value = SharedValueUpdate(self.trainer, config)
         elif config.model.value_base_model is not None:
             self.value = ValueUpdate(config, dist.value_accelerator(self.accelerator))
+            self.trained[dist.VALUE] = self.value.model, self.value.trainer
             self.rest.add(self.value.trainer, config.model.value_offload, keeps_weights=False)
         # Under ZeRO-3 the engine has weights of its own.
         keeps_weights = not dist.shards_weights(self.accelerator)
         self.rest.add(self.trainer, config.training.offload_optimizer, keeps_weights)
-        for model in [self.model, *([self.value.model] if isinstance(self.value, ValueUpdate) else [])]:
+        for model, _ in self.trained.values():
             if config.model.block_size is not None:  # what the checkpoints will say
                 model.config = {**model.config, "block_size": config.model.block_size}
             if self.setup is not None and config.training.gradient_checkpointing_enable == "auto":
@@ -240,10 +244,7 @@ class Run:
 
     def write_gradient_norms(self) -> None:
         """Of the updates since the last step, where they were measured (`logging.gradient_norms_every`)."""
-        trainers = {dist.POLICY: self.trainer}
-        if isinstance(self.value, ValueUpdate):
-            trainers[dist.VALUE] = self.value.trainer
-        for name, trainer in trainers.items():
+        for name, (_, trainer) in self.trained.items():
             for row in trainer.gradient_norms.take():
                 self.metrics.write_gradient_norms(self.step, name, **row)
 

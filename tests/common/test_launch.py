@@ -123,6 +123,26 @@ sys.exit(1)
     assert (code, err) == (1, "error: process 1 of 2 failed: OSError: disk full\n")
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
+def test_a_rank_that_is_seen_to_die_late_is_still_the_cause(tmp_path, monkeypatch, number):
+    """Its peers notice before the system lets go of it, and say so: here the launcher looks away from the dead one meanwhile."""
+    body = f"""
+from common.errors import leave_cause
+if rank == 0:
+    mark("up"); os.kill(os.getpid(), {int(number)})
+wait_for("up", ranks=[0])
+leave_cause("RuntimeError: connection closed by peer")
+sys.exit(1)
+"""
+    script = tmp_path / "job.py"
+    script.write_text(HEADER + body)
+    running = launch._Ranks._running
+    late = lambda self: sorted({*running(self), *([] if self.failed else [0])})  # noqa: E731
+    monkeypatch.setattr(launch._Ranks, "_running", late)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    assert launch.run_ranks([sys.executable, str(script), str(tmp_path)], 2) == 128 + number
+
+
 def test_a_killed_rank_is_reported_by_its_signal(tmp_path):
     code, _, err = finish(start(tmp_path, "\nif rank == 0: os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)\n"))
     assert code == 128 + signal.SIGKILL

@@ -17,7 +17,7 @@ from common.metrics import MetricsLog, read_gradient_norms
 from models.checkpoint import save_pretrained
 from models.lora import prepare_for_training
 from models.value import VALUE_HEAD
-from tests.train.steps import forget_accelerator, requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from tests.train.steps import requests_of_every_remainder, rl_config, sample, scored, tiny_model
 from train.gradient_norms import row_norms
 from train.loop import Tables
 from train.objectives import OBJECTIVES
@@ -36,13 +36,6 @@ MODELS: dict[str, tuple[str, dict[str, Any], list[str]]] = {
     "llada": ("llada", {}, []),
     "lora": ("sdar", {}, ["training.lora.rank=3", "training.lora.target_modules=[q_proj,v_proj,up_proj,down_proj]"]),
 }
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    forget_accelerator()
-    yield dist.make_accelerator(rl_config())
-    forget_accelerator()
 
 
 @pytest.fixture(scope="module")

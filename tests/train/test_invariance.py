@@ -9,13 +9,11 @@ import pytest
 import torch
 
 import train.loop
-from common import dist
 from common.records import ScoredRollout
 from models.lora import prepare_for_training
 from tests.train.steps import (
     FULL_ATTENTION,
     error,
-    forget_accelerator,
     kept_gradients,
     requests_of_every_remainder,
     rl_config,
@@ -33,13 +31,6 @@ from train.shared_value import SharedValueUpdate
 TOLERANCE = 1e-6  # of the tensor's largest entry, float32
 WHOLE = 100_000
 MAX_TOKENS = {"sdar": 14, **dict.fromkeys(FULL_ATTENTION, 12)}
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    forget_accelerator()
-    yield dist.make_accelerator(rl_config())
-    forget_accelerator()
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,7 @@ from models.registry import FAMILIES
 from models.tiny import build_tiny
 from sample import canvas_cache, capacity, kv_cache, paged_block, paged_cache, paged_state, pages
 from tests.distributed.harness import ROOT, clean_environment
+from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
 from train import loop, memory_estimate, memory_items, run
 from train.memory_estimate import check_fits, setup_of
@@ -142,18 +143,6 @@ def test_fused_kernels_keep_less_by_hand():
     assert memory_items.head_bytes(EIGHT_B, 2, 1024, 2048, trains=False, fused=True) == 3 * chunk // 4
 
 
-class Fused(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, q, k, v):
-        out = torch.zeros_like(q)
-        ctx.save_for_backward(q, k, v, out)
-        return out
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None, None
-
-
 def test_constants_of_the_other_rooms():
     assert memory_items.PAGE == pages.PAGE
     assert memory_items.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
@@ -210,6 +199,8 @@ def test_a_value_model_and_a_reference_are_counted():
     rollout = [sum(item.rollout for item in estimate(s)) for s in (both, resting)]
     assert rollout[0] - rollout[1] == pytest.approx(critic * (2 + 12 / 8))
     assert torch_bytes(resting) == torch_bytes(both)
+    ddp = dataclasses.replace(both, zero=0, itemsize=4, value_rests=True)  # whose buckets are out of reach
+    assert {item.name: item.rollout for item in estimate(ddp)}["value model"] == 4 * critic
 
 
 # ---- how many layers are recomputed
@@ -272,6 +263,26 @@ def test_a_value_model_keeps_as_many_layers_as_the_policy():
     s = Setup(EIGHT_B, 2, gpus=1, zero=1, recomputed_layers=26)  # of 36: 10 are kept
     assert [s.recomputed_of(depth) for depth in (36, 28, 10, 4, 40)] == [26, 18, 0, 0, 30]
     assert [dataclasses.replace(s, recomputed_layers=None).recomputed_of(depth) for depth in (36, 28, 40)] == [36, 28, 40]
+
+
+def test_a_value_model_may_have_the_fullest_moment():
+    """One of 8B beside a policy of 1.7B: its layers keep more, so more of them are recomputed; one of the policy's size changes
+    nothing but by its states."""
+    small = SHAPES["sdar-1.7b"]
+    s = Setup(small, 2, gpus=8, zero=2, fused=True, recomputed_layers=0)
+
+    def activations(s: Setup) -> float:
+        return next(item.update for item in estimate(s) if item.name.startswith("activations"))
+
+    assert activations(dataclasses.replace(s, value=small)) == activations(s)
+    large = dataclasses.replace(s, value=EIGHT_B)
+    # The last layer's backward, 28 of 36 layers kept. A pack that is full still has a copy of v for attention.
+    of_layer = memory_items.kept_per_token(EIGHT_B, 2, fused=True) + 2 * 8 * 128
+    by_hand = 28 * of_layer + 8 * 2 * 4096 + memory_items.backward_per_token(EIGHT_B, 2)
+    assert activations(large) == s.tokens * by_hand > activations(s)
+    stays = num_parameters(EIGHT_B, has_head=False) * (2 + 12 / 8 + 4 / 8)
+    gpu_bytes = (update_bytes(s) + stays) / MARGIN + GIB  # would do, were it not for its activations
+    assert 0 < choose_recomputed(large, gpu_bytes).num_recomputed <= small.num_layers
 
 
 def test_all_ranks_go_by_the_smallest_gpu(monkeypatch):

@@ -87,7 +87,7 @@ def test_what_stays_can_be_computed_with():
 def test_zeros_and_scratch_take_no_place_on_the_host():
     zeros, negative, scratch, real = torch.zeros(1000), torch.full((10,), -0.0), torch.ones(1000), torch.ones(7)
     away = Offload(CPU)
-    away.leave([[zeros, negative, real, scratch]], [], [{"bucket": scratch}])
+    away.leave([[zeros, negative, real, scratch]], [], [scratch])
     assert away.num_bytes == 4 * 2017 and sum(one.num_bytes for one in away.moved if one.start is not None) == 4 * 17
     assert away.host.num_bytes == 128  # 68, rounded up
     away.come_back()
@@ -113,10 +113,10 @@ def test_host_memory_is_taken_once():
 def test_nothing_moves_where_the_host_is_full():
     things = [torch.ones(100), torch.zeros(1000)]
     away = Offload(CPU)
-    assert not away.leave([things], [], None, new_host_bytes=399) and away.num_bytes == 0 and size(things[0]) == 400
-    assert away.leave([things], [], None, new_host_bytes=400)
+    assert not away.leave([things], [], new_host_bytes=399) and away.num_bytes == 0 and size(things[0]) == 400
+    assert away.leave([things], [], new_host_bytes=400)
     away.come_back()
-    assert away.leave([things], [], None, new_host_bytes=0), "what it has already is its own"
+    assert away.leave([things], [], new_host_bytes=0), "what it has already is its own"
     away.come_back()
 
 
@@ -284,3 +284,30 @@ def test_free_memory_of_a_host_and_of_its_containers(tmp_path):
     assert free_host_memory(tmp_path) == 150_000
     (group / "memory.max").write_text("100000\n")
     assert free_host_memory(tmp_path) == 0
+
+
+@pytest.mark.parametrize(
+    "line, folder, limit, used, cache",
+    [
+        ("0::/jobs/7/task", "", "memory.max", "memory.current", "inactive_file"),
+        ("4:memory:/jobs/7/task", "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ],
+)
+def test_free_memory_of_a_batch_job(tmp_path, line, folder, limit, used, cache):
+    """Its limit is of a group in which ours is; the tightest counts. Inside a container neither may be there by that name."""
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"3:cpuset,cpu:/\n{line}\n")
+    top = tmp_path / "sys/fs/cgroup" / folder
+    top.mkdir(parents=True)
+    (top / limit).write_text("9223372036854771712\n" if folder else "max\n")
+    assert free_host_memory(tmp_path) >= 2**62
+    job = top / "jobs/7"
+    (job / "task").mkdir(parents=True)
+    for group, most, now in ((job / "task", 900_000, 100_000), (job, 500_000, 450_000), (top / "jobs/8", 10, 10)):
+        group.mkdir(exist_ok=True)
+        (group / limit).write_text(f"{most}\n")
+        (group / used).write_text(f"{now}\n")
+    (job / "memory.stat").write_text(f"rss 300000\n{cache} 20000\n")
+    assert free_host_memory(tmp_path) == 70_000
+    (job / "task" / limit).write_text("160000\n")
+    assert free_host_memory(tmp_path) == 60_000

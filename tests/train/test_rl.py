@@ -13,14 +13,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from common import dist
 from common.records import ScoredRollout
 from models.attention import masked_attention
 from models.checkpoint import Pretrained
 from tests.train.steps import (
     FULL_ATTENTION,
     error,
-    forget_accelerator,
     kept_gradients,
     requests_of_every_remainder,
     rl_config,
@@ -46,13 +44,6 @@ class UpdateWithGivenOld(PolicyUpdate):
         tables = super().before_update(documents, predictions, *args, **kwargs)
         tables.old_logprobs = gather_tokens(self.given, predictions)
         return tables
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    forget_accelerator()
-    yield dist.make_accelerator(rl_config())
-    forget_accelerator()
 
 
 @pytest.fixture(scope="module")

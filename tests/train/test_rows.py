@@ -10,11 +10,9 @@ import pytest
 import torch
 
 import train.rl
-from common import dist
 from common.records import ScoredRollout
 from tests.train.steps import (
     error,
-    forget_accelerator,
     kept_gradients,
     requests_of_every_remainder,
     rl_config,
@@ -28,13 +26,6 @@ from train.rl import PolicyUpdate, trace_generator
 
 WEIGHTINGS = ("reference", "step", "response", "token", "constant")
 MAX_ROWS = 2
-
-
-@pytest.fixture(scope="module")
-def accelerator():
-    forget_accelerator()
-    yield dist.make_accelerator(rl_config())
-    forget_accelerator()
 
 
 def few_rollouts(family: str) -> list[ScoredRollout]:
