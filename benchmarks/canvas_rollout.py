@@ -16,6 +16,7 @@ import torch
 
 from benchmarks.limits import Ceilings, Work, forward_work
 from benchmarks.shapes import family_of, mask_id_of
+from benchmarks.step_clock import Clock
 from models.decoder import Decoder
 from models.family import DecoderConfig, Family
 from sample.canvas_schedule import SCHEDULES
@@ -79,7 +80,7 @@ class Enough(Exception):
     """Raised by the clock when it has seen its steps."""
 
 
-def measure(engine: Engine, requests: list[Request], settings: SamplingSettings, clock: Any, steps: int | None) -> None:
+def measure(engine: Engine, requests: list[Request], settings: SamplingSettings, clock: Clock, steps: int | None) -> None:
     """Run `engine` under `clock` to the end, or for so many steps."""
 
     def progress(finished: int, tokens: int, forwards: int) -> None:
@@ -93,25 +94,23 @@ def measure(engine: Engine, requests: list[Request], settings: SamplingSettings,
         pass
 
 
-def warm_up(engine: Engine, requests: list[Request], settings: SamplingSettings, clock: Any, steps: int, all_blocks: bool) -> int:
-    """Run what compiles kernels, `steps` forwards, and what captures CUDA graphs; how many were captured. clock: makes a new one.
+def warm_up(engine: Engine, requests: list[Request], settings: SamplingSettings, steps: int, all_blocks: bool) -> int:
+    """Run what compiles kernels, `steps` forwards, and what captures CUDA graphs; how many were captured.
 
     The first block at its own pace meets every number of rows that predict. all_blocks: windows of other blocks have other sizes,
     and a size is captured when it comes the second time; in three forwards each block has a refresh and two windows.
     """
-    measure(engine, requests, settings, clock(), steps)
+    measure(engine, requests, settings, Clock(), steps)
     graphs = engine.statistics.graphs
     if all_blocks:
         num_blocks = -(-settings.max_tokens // settings.block_size)
-        measure(engine, requests, dataclasses.replace(settings, steps=3 * num_blocks), clock(), None)
+        measure(engine, requests, dataclasses.replace(settings, steps=3 * num_blocks), Clock(), None)
         graphs += engine.statistics.graphs
     return graphs
 
 
 def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
     """A result per number of canvases, tokens a forward, and cache, of the chosen engine and then of the torch engine."""
-    from benchmarks.rollout import Clock, numbers
-
     family, canvas, itemsize = family_of(arguments.shape), Canvas().shrunk(arguments.shrink), decoder.dtype.itemsize
     cuda, mask_id = decoder.device.type == "cuda", mask_id_of(arguments.shape)
     rng = np.random.default_rng(0)
@@ -131,7 +130,7 @@ def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator
                 **cache_settings(name),
             )
             all_blocks = kind != "torch" and name != "none"
-            graphs = warm_up(engine, requests, settings, Clock, block_steps + 1, all_blocks)
+            graphs = warm_up(engine, requests, settings, block_steps + 1, all_blocks)
             if cuda:
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
@@ -157,6 +156,6 @@ def run_canvas(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator
                 "share_of_limit": tokens / seconds / best,
                 "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if cuda else 0.0,
                 "graphs_captured_before": graphs,
-                "statistics": numbers(engine.statistics),
+                "statistics": dataclasses.asdict(engine.statistics),
             }
         engine.release()

@@ -39,9 +39,10 @@ import numpy as np
 import torch
 
 from benchmarks.canvas_rollout import run_canvas
-from benchmarks.kernel_times import StepProfiler, summarize
+from benchmarks.kernel_times import summarize
 from benchmarks.limits import Ceilings, block_work, measure_ceilings
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, random_decoder
+from benchmarks.step_clock import Clock
 from models.decoder import Decoder
 from sample.engine import Engine, Request, SamplingSettings, build_engine
 
@@ -89,43 +90,6 @@ def realistic_requests(shape: str, seed: int = 0, shrink: int = 1) -> list[Reque
 # -------------------------------------------------------------------------------------------------------------- measurements
 
 
-class Clock:
-    """A `progress` hook that keeps the time and the counts of every step, and profiles steps `profiled`."""
-
-    def __init__(self, profiled: range = range(0), device: torch.device | None = None) -> None:
-        self.started = time.perf_counter()
-        self.times: list[float] = []
-        self.counts: list[tuple[int, int, int]] = []  # finished sequences, tokens, forwards of all sequences
-        self.profiled, self.device = profiled, device
-        self.profiler = StepProfiler() if len(profiled) else None
-        self.used_bytes = 0
-
-    def __call__(self, finished: int, tokens: int, forwards: int) -> None:
-        self.times.append(time.perf_counter())
-        self.counts.append((finished, tokens, forwards))
-        if self.profiler is not None:
-            if len(self.times) == self.profiled.start:
-                self.profiler.start()
-            elif len(self.times) == self.profiled.stop:
-                self.profiler.stop()
-        if self.device is not None and self.device.type == "cuda" and len(self.times) % 64 == 1:
-            free, total = torch.cuda.mem_get_info(self.device)  # the paged cache is not torch's own memory
-            self.used_bytes = max(self.used_bytes, total - free)
-
-    def between(self, first: int, last: int) -> dict[str, float]:
-        """Rates over the steps behind step `first` (from 1) up to step `last`."""
-        seconds = self.times[last - 1] - self.times[first - 1]
-        _, tokens, forwards = np.subtract(self.counts[last - 1], self.counts[first - 1])
-        return {
-            "steps": last - first,
-            "seconds": seconds,
-            "tokens_per_second": float(tokens / seconds),
-            "tokens_per_forward": float(tokens / max(1, forwards)),
-            "ms_per_forward": 1e3 * seconds / (last - first),
-            "mean_active": float(forwards / (last - first)),
-        }
-
-
 def measure_steady(
     engine: Engine, shape: str, active: int, context: int, reveal: int, steps: int, profiled_steps: int, warm: bool
 ) -> dict[str, Any]:
@@ -146,7 +110,7 @@ def measure_steady(
     engine.generate(requests, settings, progress=clock)
     assert clock.counts[last + profiled_steps - 1][0] == 0, "a sequence was done before the measurement was"
     result: dict[str, Any] = clock.between(WARM_UP, last)
-    result["statistics"] = numbers(engine.statistics)
+    result["statistics"] = dataclasses.asdict(engine.statistics)
     if profiled_steps:
         result["device_gib"] = clock.used_bytes / 2**30
         split = summarize(clock.profiler.events(), profiled_steps)
@@ -176,12 +140,8 @@ def measure_realistic(engine: Engine, shape: str, reveal: int, shrink: int, warm
         "whole_tokens_per_second": clock.counts[-1][1] / (clock.times[-1] - clock.started),
         "whole_seconds": clock.times[-1] - clock.started,
         "device_gib": clock.used_bytes / 2**30,
-        "statistics": numbers(engine.statistics),
+        "statistics": dataclasses.asdict(engine.statistics),
     }
-
-
-def numbers(statistics: Any) -> dict[str, float]:
-    return {f.name: getattr(statistics, f.name) for f in dataclasses.fields(statistics)}
 
 
 # -------------------------------------------------------------------------------------------------------------- the runs

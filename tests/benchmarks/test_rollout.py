@@ -182,7 +182,7 @@ def test_the_clock_of_canvases_meets_no_capture(shape: str, cache: str):
     requests = [Request(f"task {n}", [1 + n] * 50) for n in range(2)]
     settings = SamplingSettings(max_tokens=128, mask_id=decoder.config.vocab_size - 1, block_size=32, steps=64,
                                 **canvas_rollout.cache_settings(cache))  # fmt: skip
-    captured = canvas_rollout.warm_up(engine, requests, settings, rollout.Clock, 17, all_blocks=cache != "none")
+    captured = canvas_rollout.warm_up(engine, requests, settings, 17, all_blocks=cache != "none")
     assert captured == len(engine.graphs.graphs) > 0
     engine.generate(requests, settings)
     assert engine.statistics.graphs == 0 and engine.graphs.num_replays > engine.statistics.engine_forwards
