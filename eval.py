@@ -140,7 +140,7 @@ class Evaluator:
 
         def refresh(weights_version: int) -> None:
             weights.refresh(weights_version)
-            run.rest.down()
+            run.offload.offload()
 
         return cls(run.config, run.model, engine, run.accelerator, tasks, refresh)
 

@@ -115,7 +115,7 @@ class RLRun:
         self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
         if self.policy_update.reference is not None:
             frozen = Frozen(self.policy_update.reference, self.run.accelerator.device)
-            self.run.rest.add(frozen, config.training.offload_optimizer, keeps_weights=False)
+            self.run.offload.add(frozen, config.training.offload_optimizer, keeps_weights=False)
         self.evaluator = None
         if eval_tasks is not None:
             self.evaluator = Evaluator(config, model, self.engine, self.run.accelerator, eval_tasks, self.prepare_engine)
@@ -185,7 +185,7 @@ class RLRun:
     def prepare_engine(self, weights_version: int) -> None:
         """Give the engine the weights of that version, then the memory that only the update needs."""
         self.engine_weights.refresh(weights_version)
-        self.run.rest.down()
+        self.run.offload.offload()
 
     def score(self, rollouts: list[Rollout], tasks: list[Task]) -> list[ScoredRollout]:
         """All responses of `tasks`, scored; a task whose prompt was too long has one record, without a response."""
@@ -201,7 +201,7 @@ class RLRun:
     def update(self, scored: list[ScoredRollout], step: int) -> None:
         trained = [r for r in scored if r.dropped is None]
         with self.run.phase("update"):
-            self.run.rest.up()
+            self.run.offload.reload()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics and self.run.is_main:
             warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")

@@ -6,8 +6,8 @@
 
 Random weights of the published shape, made on the machine, bfloat16 under DeepSpeed (ZeRO-1 on one GPU, where there is nothing to
 share); AdamW. A step is what rl.py does, with its own pieces: weights to the engine, rollout from the shared queue, (random)
-rewards and advantages, one update. Random weights say no stop token, so every response is as long as it is asked to be: lognormal
-around 0.4 of --response, cut there.
+rewards and advantages, one update. The loop is its own: optimizer states stay on the GPU in it. Random weights say no stop token,
+so every response is as long as it is asked to be: lognormal around 0.4 of --response, cut there.
 
 Weak scaling: `--tasks` tasks for every GPU. Strong: as many in all as that makes for the most GPUs. Efficiency is in response
 tokens per second and GPU, against the fewest GPUs of the call (of the update alone in packed tokens). Idle share: what a rank waits

@@ -41,7 +41,7 @@ class EngineWeights:
         from deepspeed.runtime.zero import GatheredParameters
 
         here = all(p.ds_tensor.untyped_storage().nbytes() for p in self.trained.parameters())
-        assert here, "the trainer rests: its weights are not on this device"
+        assert here, "the trainer is offloaded: its weights are not on this device"
         pairs = list(zip(parts(self.trained), parts(self.decoder), strict=True))
         for source, target in pairs:  # one part at a time: no rank ever holds a third copy of the whole
             # Frozen weights (LoRA) are copied once.

@@ -16,7 +16,7 @@ from models.checkpoint import Pretrained
 from train.gradient_norms import GradientNorms
 from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
-from train.offload import Offload
+from train.offload import HostCopy
 from train.optim import build_optimizer, learning_rate
 from train.packing import Document, Pack, assign, build_pack
 
@@ -123,7 +123,7 @@ class Trainer:
         self.module, self.wrapped_optimizer = accelerator.prepare(module, self.optimizer)
         self.num_steps = 0
         """Optimizer steps taken: the version of the weights."""
-        self.offload = Offload(accelerator.device)
+        self.host_copy = HostCopy(accelerator.device)
 
     def micro_batches(self, documents: list[Document]) -> Packs:
         """This rank's packs; their number is the same on every rank."""
@@ -145,7 +145,7 @@ class Trainer:
 
         module: another one (a frozen reference) instead of the trained one; output: its place among the outputs.
         """
-        assert not self.is_resting
+        assert not self.is_offloaded
         table = torch.zeros(num_predictions, dtype=torch.float32, device=self.accelerator.device)
         for pack in self.micro_batches(documents):
             pack = pack.to(self.accelerator.device)
@@ -161,7 +161,7 @@ class Trainer:
         tables: `Tables`, or what another kind of module has in its place (train/value.py). progress: share of the run that is done,
         0..1, for the learning rate.
         """
-        assert not self.is_resting
+        assert not self.is_offloaded
         rate = learning_rate(self.peak_rate, self.config.lr_scheduler, progress, self.num_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -183,11 +183,11 @@ class Trainer:
         return totals.reduce(self.accelerator, norm, rate)
 
     @property
-    def is_resting(self) -> bool:
-        return bool(self.offload.moved)
+    def is_offloaded(self) -> bool:
+        return bool(self.host_copy.moved)
 
-    def rest(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
-        """Take gradients and optimizer states off the GPU until `wake`, and the weights unless they are needed meanwhile.
+    def offload(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
+        """Take gradients and optimizer states off the GPU until `reload`, and the weights unless they are needed meanwhile.
 
         False, with nothing moved, where the host would have to give more than `new_host_bytes` for it.
         """
@@ -198,15 +198,15 @@ class Trainer:
             scratch = [bucket.buffer for bucket in getattr(self.module.optimizer, "ipg_buckets", {}).values()]
         weights = [*things[0].parameters(), *things[0].buffers()]
         stays = [weight.data for weight in weights] if keeps_weights else []  # not what hangs on them
-        return self.offload.leave(things, stays, scratch, new_host_bytes)
+        return self.host_copy.offload(things, stays, scratch, new_host_bytes)
 
-    def wake(self) -> None:
+    def reload(self) -> None:
         """Have all back, bit for bit; nothing to do where it is here."""
-        self.offload.come_back()
+        self.host_copy.reload()
 
     def state_dict(self) -> dict[str, Tensor]:
         """The module's whole state dict, on the main process; all ranks together."""
-        assert not self.is_resting
+        assert not self.is_offloaded
         if dist.uses_deepspeed(self.accelerator):
             return self.accelerator.get_state_dict(self.module)
         # DDP's module, or the policy itself; accelerate would import DeepSpeed to find out.

@@ -20,15 +20,14 @@ from train.memory_items import (
     GIB,
     MARGIN,
     TILE,
-    Setup,
-    adapter_parameters,
+    choose_offloaded,
     choose_recomputed,
-    choose_resting,
     estimate,
     outside,
     total_bytes,
     update_bytes,
 )
+from train.memory_setup import Setup, adapter_parameters
 
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
@@ -74,10 +73,11 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
         if tokens < s.tokens and s.attention == "block":
             fewer = dataclasses.replace(s, tokens=tokens, predictions=min(s.predictions, tokens // 2))
             yield f"training.max_tokens_per_microbatch={budget}", fewer
-    if s.value is not None and not s.value_rests:
-        yield "model.value_offload=always", dataclasses.replace(s, value_rests=True)
-    if s.samples and not s.optimizer_rests:
-        yield "training.offload_optimizer=always", dataclasses.replace(s, optimizer_rests=True, reference_rests=s.has_reference)
+    if s.value is not None and not s.value_offloaded_in_rollout:
+        yield "model.value_offload=always", dataclasses.replace(s, value_offloaded_in_rollout=True)
+    if s.samples and not s.optimizer_offloaded_in_rollout:
+        without = dataclasses.replace(s, optimizer_offloaded_in_rollout=True, reference_offloaded_in_rollout=s.has_reference)
+        yield "training.offload_optimizer=always", without
     if s.gpus > 1:
         for stage in range(s.zero + 1, 4):
             yield f"ZeRO-{stage} (experiment.deepspeed_file)", dataclasses.replace(s, zero=stage, offload_weights=False)
@@ -150,9 +150,9 @@ def setup_of(
         recomputed_layers=None if t.gradient_checkpointing_enable else 0,
         fused=t.fused_kernels,
         value=value,
-        value_rests=config.model.value_offload == "always",
-        optimizer_rests=t.offload_optimizer == "always",
-        reference_rests=t.offload_optimizer == "always",
+        value_offloaded_in_rollout=config.model.value_offload == "always",
+        optimizer_offloaded_in_rollout=t.offload_optimizer == "always",
+        reference_offloaded_in_rollout=t.offload_optimizer == "always",
         has_reference=job == "rl" and t.kl_to == "reference" and bool(t.beta),
         samples=job == "rl" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None),
         attention=family.attention,
@@ -164,8 +164,8 @@ def setup_of(
         else config.evaluation.max_active,
         caches=r.cache_kind != "none",
     )
-    value_may_rest = value is not None and config.model.value_offload == "auto"
-    s = choose_resting(s, gpu_bytes, value_may_rest, t.offload_optimizer == "auto")
+    may_offload_value = value is not None and config.model.value_offload == "auto"
+    s = choose_offloaded(s, gpu_bytes, may_offload_value, t.offload_optimizer == "auto")
     return choose_recomputed(s, gpu_bytes) if t.gradient_checkpointing_enable == "auto" else s
 
 

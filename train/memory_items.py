@@ -17,16 +17,17 @@ What DeepSpeed keeps, per trained parameter on W GPUs, bfloat16 weights (common/
 
 With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). Without DeepSpeed (float32): 4, 4 and 8.
 
-Nothing here imports torch. What is said of an estimate: train/memory_estimate.py.
+The engine's part: train/memory_engine.py. What is said of an estimate: train/memory_estimate.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
 
 from models.family import DecoderConfig
+from train.memory_engine import engine_bytes, engine_wants
+from train.memory_setup import Setup, layer_parameters, num_parameters, vocabulary_parameters
 
 GIB = 2**30
 BUCKET = 5e8
@@ -41,46 +42,8 @@ MARGIN = 0.9
 """The share of a GPU that an update may take where recomputation is chosen by memory. The rest is for what the estimate misses
 (2% of measured peaks, but DeepSpeed's share is read in its code) and for what torch's allocator holds in pieces that fit nothing,
 packs being of many sizes. What is recomputed needlessly costs a fifth of the update's time at most, memory that is full the run."""
-ENOUGH_IN_FLIGHT = 128
-"""Sequences of a block model: twice as many gave 4% to 7% more tokens/s on an H200 (docs/results.md), not worth moving things."""
 TILE = 128
 """As train/loop.py rounds packs up."""
-PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
-MEMORY_SHARE, ROWS_AT_A_TIME = 0.9, 32_768
-"""Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py; paged_cache.py,
-canvas_cache.py. The rooms do not import each other; a test holds these equal."""
-
-
-# ------------------------------------------------------------------------------------------------------------ parameters
-
-
-def layer_parameters(c: DecoderConfig) -> int:
-    heads = c.num_heads + 2 * c.num_kv_heads
-    attention = c.hidden_size * c.head_dim * (heads + c.num_heads) + (heads * c.head_dim if c.qkv_bias else 0)
-    norms = 2 * c.hidden_size + (2 * c.head_dim if c.qk_norm else 0)
-    return attention + 3 * c.hidden_size * c.intermediate_size + norms
-
-
-def vocabulary_parameters(c: DecoderConfig) -> int:
-    """Of the embedding; the head has as many, unless it is the same."""
-    return c.vocab_size * c.hidden_size
-
-
-def num_parameters(c: DecoderConfig, has_head: bool = True) -> int:
-    vocabularies = 2 if has_head and not c.tie_word_embeddings else 1
-    return c.num_layers * layer_parameters(c) + vocabularies * vocabulary_parameters(c) + c.hidden_size
-
-
-def adapter_parameters(family: Any, c: DecoderConfig, rank: int, targets: list[str]) -> int:
-    """Of a LoRA adapter of that rank beside `targets` (`training.lora.target_modules`)."""
-    from models.lora_targets import resolve_targets, target_pieces
-
-    width = {"attention.out.weight": c.num_heads * c.head_dim, "mlp.down.weight": c.intermediate_size}
-    total = 0
-    for piece in target_pieces(family, c, resolve_targets(family, targets)):
-        num_in = next((size for name, size in width.items() if piece.parameter.endswith(name)), c.hidden_size)
-        total += rank * (num_in + piece.rows)
-    return total
 
 
 # ----------------------------------------------------------------------------------------------------------- activations
@@ -137,67 +100,7 @@ def head_bytes(c: DecoderConfig, itemsize: int, predictions: int, chunk: int, tr
     return 4 * vocabulary + max(rows, itemsize * vocabulary) if trains else rows
 
 
-# ------------------------------------------------------------------------------------------------------------- the setup
-
-
-@dataclass(frozen=True)
-class Setup:
-    """All that decides the memory of a job."""
-
-    shape: DecoderConfig
-    itemsize: int
-    """Bytes of a weight."""
-    gpus: int
-    """All of the job's."""
-    zero: int
-    """ZeRO stage; 0: no DeepSpeed."""
-    offload_optimizer: bool = False
-    offload_weights: bool = False
-    adapter: int = 0
-    """Parameters of the LoRA adapter; 0: all weights train."""
-    moments: int = 2
-    """Float32 states of the optimizer per trained parameter: 2 (AdamW) or 0 (SGD)."""
-    tokens: int = 16_384
-    """Of the largest pack."""
-    predictions: int = 8_192
-    """Of the largest pack."""
-    head_chunk: int = 2048
-    recomputed_layers: int | None = None
-    """Whose activations are recomputed in the backward, the first so many (models/decoder.py); None: all."""
-    fused: bool = False
-    """`training.fused_kernels`."""
-    accumulates: bool = True
-    """Several micro-batches are summed up to one gradient. Without DeepSpeed a single one has its gradient behind the peak only."""
-    value: DecoderConfig | None = None
-    """Of a value model."""
-    value_rests: bool = False
-    """It is off the GPU during the rollout."""
-    optimizer_rests: bool = False
-    """So are the policy's optimizer states and gradients (ZeRO-3: all of it, for the engine has weights of its own)."""
-    has_reference: bool = False
-    reference_rests: bool = False
-    """The frozen reference is off the GPU during the rollout."""
-    samples: bool = True
-    """An engine samples: the rollout, evaluations."""
-    attention: str = "block"
-    prompt: int = 784
-    response: int = 2000
-    block_size: int = 4
-    max_active: int = 256
-    caches: bool = True
-
-    @property
-    def num_trained(self) -> int:
-        return self.adapter or num_parameters(self.shape)
-
-    @property
-    def num_recomputed(self) -> int:
-        return self.recomputed_of(self.shape.num_layers)
-
-    def recomputed_of(self, num_layers: int) -> int:
-        """Layers that a model of that depth recomputes: of no more than the policy it keeps the activations."""
-        recomputed = self.shape.num_layers if self.recomputed_layers is None else self.recomputed_layers
-        return max(0, num_layers - (self.shape.num_layers - recomputed))
+# ------------------------------------------------------------------------------------------------------- what it goes to
 
 
 @dataclass(frozen=True)
@@ -216,8 +119,8 @@ class States:
 
     weights: float
     gradients: float
-    gradients_at_rest: float
-    """In the rollout."""
+    gradients_in_rollout: float
+    """What of the gradient is there in the rollout, where it is not offloaded."""
     optimizer: float
     buffers: float
     gathered: float
@@ -233,20 +136,20 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
     optimizer = 4 * split * (s.moments + (1 if s.zero else 0))  # masters, where DeepSpeed keeps them
     step = 4 * split if s.moments else 0.0  # the root of the second moment
     weights: float = s.itemsize * num_all
-    buffers = gathered = fresh = at_rest = 0.0
+    buffers = gathered = fresh = in_rollout = 0.0
     if s.zero == 0:
         gradients = s.itemsize * num_trained if s.accumulates or s.gpus > 1 else 0.0
-        at_rest = gradients if s.gpus > 1 else 0.0  # the buckets of DDP stay
+        in_rollout = gradients if s.gpus > 1 else 0.0  # the buckets of DDP stay
         fresh = 0.0 if gradients else s.itemsize
     elif s.zero == 1:
-        gradients = at_rest = 4.0 * num_trained
+        gradients = in_rollout = 4.0 * num_trained
         fresh = s.itemsize if s.itemsize < 4 else 0.0
         buffers = 4 * min(num_trained, max(BUCKET, largest)) if s.gpus > 1 else 0.0
     else:
         gradients = 4 * split
         buffers = s.itemsize * max(BUCKET, largest) + 4 * largest / share
         if s.zero == 3:
-            at_rest = gradients
+            in_rollout = gradients
             step = min(step, 4 * GATHERED)
             whole = min(num_all, GATHERED)
             gathered = s.itemsize * (whole + max(vocabulary_parameters(s.shape), layer_parameters(s.shape))) if s.gpus > 1 else 0.0
@@ -255,46 +158,16 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
     if s.offload_optimizer:
         optimizer = step = 0.0
         if s.zero == 3:
-            gradients = at_rest = 0.0
-    return States(weights, gradients, at_rest, optimizer, buffers, gathered, fresh, step)
+            gradients = in_rollout = 0.0
+    return States(weights, gradients, in_rollout, optimizer, buffers, gathered, fresh, step)
 
 
-def engine_bytes(s: Setup) -> tuple[float, float, float]:
-    """(what graphs and results keep, keys and values of the longest sequence alone, workspace of its largest forward)."""
-    c = s.shape
-    position = 2 * c.num_layers * c.num_kv_heads * c.head_dim * s.itemsize
-    length = s.prompt + s.response
-    if s.attention == "full":
-        heads = c.num_heads + 2 * c.num_kv_heads
-        row = s.itemsize * (6 * c.hidden_size + 4 * heads * c.head_dim + 4 * c.intermediate_size)
-        return 0.0, length * position if s.caches else 0.0, length * row + CANVAS_LOGITS_BYTES
-    columns = 1 << (s.response + s.block_size - 2).bit_length()
-    slots = 1 << (s.max_active - 1).bit_length()
-    results = 16 * columns * min(max(2 * slots, RESULT_POSITIONS // columns), 16 * slots)
-    logits = 4 * min(LOGITS, slots * s.block_size * c.vocab_size)
-    pages = 1 + -(-(length + s.block_size) // PAGE)
-    wide = 6 * c.intermediate_size + 4 * c.num_heads * c.head_dim + 8 * c.hidden_size
-    return results + logits, pages * PAGE * position, PREFILL_TOKENS * wide * s.itemsize + 2 * logits
-
-
-def engine_wants(s: Setup) -> float:
-    """Bytes of free memory with which the engine has as many of the `max_active` sequences in flight as help, each as long as it
-    may become."""
-    graphs, cache, workspace = engine_bytes(s)
-    num_active = s.max_active if s.attention == "full" else min(s.max_active, ENOUGH_IN_FLIGHT)
-    if s.attention == "full":  # forwards over as many canvases as come to so many rows
-        length = s.prompt + s.response
-        activations = workspace - CANVAS_LOGITS_BYTES
-        workspace += activations * (max(1.0, min(s.max_active, ROWS_AT_A_TIME / length)) - 1)
-    return graphs + (num_active * cache + workspace) / MEMORY_SHARE
-
-
-def choose_resting(s: Setup, gpu_bytes: float, value: bool, optimizer: bool) -> Setup:
-    """What rests in the rollout where memory decides, as train/offload.py: the value model first, if it may, then the policy's
-    states, then the reference."""
+def choose_offloaded(s: Setup, gpu_bytes: float, value: bool, optimizer: bool) -> Setup:
+    """What is offloaded in the rollout where memory decides, as train/offload.py: the value model first, if it may, then
+    the policy's states, then the reference."""
     own = ("the engine's graphs and results", "keys and values of one sequence", "workspace of sampling")
-    names = [*(["value_rests"] if value else []), *(["optimizer_rests"] if optimizer else [])]
-    for name in [*names, *(["reference_rests"] if optimizer and s.has_reference else [])]:
+    names = [*(["value_offloaded_in_rollout"] if value else []), *(["optimizer_offloaded_in_rollout"] if optimizer else [])]
+    for name in [*names, *(["reference_offloaded_in_rollout"] if optimizer and s.has_reference else [])]:
         free = gpu_bytes - outside(s) - sum(item.rollout for item in estimate(s) if item.name not in own)
         s = dataclasses.replace(s, **{name: s.samples and free < engine_wants(s)})
     return s
@@ -348,9 +221,9 @@ def estimate(s: Setup) -> list[Item]:
     fresh, activations, extra = moments[moment]
     temporary = f"head, {min(s.head_chunk, s.predictions):,} rows at a time" if moment == "head" else "the optimizer's temporary"
     how = f"{s.num_recomputed} of {c.num_layers} layers recomputed" if s.num_recomputed else "kept"
-    stays = 0.0 if s.optimizer_rests else 1.0
+    stays = 0.0 if s.optimizer_offloaded_in_rollout else 1.0
     # The buckets of DDP are out of reach.
-    gradients = policy.gradients_at_rest * (stays if s.zero else 1.0)
+    gradients = policy.gradients_in_rollout * (stays if s.zero else 1.0)
     items = [
         Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights, "zero weights lora"),
         Item("gradients", gradients, policy.gradients + fresh, "zero lora"),
@@ -362,11 +235,12 @@ def estimate(s: Setup) -> list[Item]:
     ]
     if s.value is not None:
         total = value.weights + value.optimizer
-        rest = (0.0 if s.value_rests else total) + (0.0 if s.value_rests and s.zero else value.gradients_at_rest)
-        items.append(Item("value model", rest, total + value.gradients, "value"))
+        value_stays = 0.0 if s.value_offloaded_in_rollout else 1.0
+        sampling = total * value_stays + value.gradients_in_rollout * (value_stays if s.zero else 1.0)
+        items.append(Item("value model", sampling, total + value.gradients, "value"))
     if s.has_reference:
         whole = s.itemsize * num_parameters(c)
-        items.append(Item("frozen reference", 0.0 if s.reference_rests else whole, whole, "reference"))
+        items.append(Item("frozen reference", 0.0 if s.reference_offloaded_in_rollout else whole, whole, "reference"))
     if s.samples:
         if s.zero == 3:
             whole = s.itemsize * (num_parameters(c) + s.adapter)

@@ -104,8 +104,8 @@ class Moved:
     """It is all zeros."""
 
 
-class Offload:
-    """The storages of one model's training, of which some can leave their device and come back."""
+class HostCopy:
+    """What was offloaded of one model's training: storages emptied on their device, and a copy of their bytes on the host."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -118,15 +118,13 @@ class Offload:
         return sum(one.num_bytes for one in self.moved)
 
     @torch.no_grad()
-    def leave(
-        self, things: list[Any], stays: list[Any], scratch: Sequence[Any] = (), new_host_bytes: float = math.inf
-    ) -> bool:
-        """Empty all storages on the device that `things` hold and `stays` do not: nothing may compute with them until `come_back`.
+    def offload(self, things: list[Any], stays: list[Any], scratch: Sequence[Any] = (), new_host_bytes: float = math.inf) -> bool:
+        """Empty all storages on the device that `things` hold and `stays` do not: nothing may compute with them until `reload`.
 
         scratch: what nobody reads before it is written, so its contents are not kept. new_host_bytes: what the host's buffers may
         grow by; False, with nothing moved, where that is too little.
         """
-        assert not self.moved, "already away"
+        assert not self.moved, "offloaded already"
         self._synchronize()  # whoever still writes to them on another stream
         seen: dict[int, Any] = {}
         known = {t.untyped_storage().data_ptr() for thing in stays for t in tensors_in(thing, seen) if self._is_here(t)}
@@ -149,7 +147,7 @@ class Offload:
             for piece, copy in self._pairs(one):
                 copy.copy_(piece, non_blocking=True)
         self._synchronize()
-        self.moved = moved  # from here on `come_back` mends whatever an interrupt leaves
+        self.moved = moved  # from here on `reload` mends whatever an interrupt leaves
         for one in moved:
             one.storage.resize_(0)
         if self.device.type == "cuda":
@@ -157,8 +155,8 @@ class Offload:
         return True
 
     @torch.no_grad()
-    def come_back(self) -> None:
-        """Fill them again; nothing to do where none has left."""
+    def reload(self) -> None:
+        """Fill them again; nothing to do where none is offloaded."""
         for one in self.moved:
             one.storage.resize_(one.num_bytes)
             if one.is_zero:
@@ -197,30 +195,30 @@ def _is_zero(storage: torch.UntypedStorage) -> bool:
     return not (content.view(torch.int64) if content.numel() % 8 == 0 else content).any()
 
 
-# --------------------------------------------------------------------------------------------- who leaves, and from when to when
+# ----------------------------------------------------------------------------------------------- who is offloaded, and when
 
 
 class Frozen:
     """A model that is never trained and that only the update reads, in the place of a trainer."""
 
     def __init__(self, module: nn.Module, device: torch.device) -> None:
-        self.module, self.offload = module, Offload(device)
+        self.module, self.host_copy = module, HostCopy(device)
 
     @property
-    def is_resting(self) -> bool:
-        return bool(self.offload.moved)
+    def is_offloaded(self) -> bool:
+        return bool(self.host_copy.moved)
 
-    def rest(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
-        """As `Trainer.rest`."""
-        return self.offload.leave([self.module], [self.module] if keeps_weights else [], new_host_bytes=new_host_bytes)
+    def offload(self, keeps_weights: bool, new_host_bytes: float = math.inf) -> bool:
+        """As `Trainer.offload`."""
+        return self.host_copy.offload([self.module], [self.module] if keeps_weights else [], new_host_bytes=new_host_bytes)
 
-    def wake(self) -> None:
-        self.offload.come_back()
+    def reload(self) -> None:
+        self.host_copy.reload()
 
 
-class Rest:
-    """What rests while the engine samples: of every trainer that may, the optimizer's states, gradients, and weights that no
-    engine reads. Down before the engine takes memory for its cache, up before an update or a state is written.
+class RolloutOffload:
+    """What is offloaded while the engine samples: of every trainer that may, the optimizer's states, gradients, and weights that no
+    engine reads. Offloaded before the engine takes memory for its cache, reloaded before an update or a state is written.
 
     auto: it pays where the free memory does not hold the keys and values of all sequences that may be in flight, beside the
     engine's workspace: fewer would be then. Every rank decides for itself: nothing here is collective.
@@ -230,43 +228,47 @@ class Rest:
         self.watch, self.device = watch, device
         self.trainers: list[tuple[Trainer | Frozen, str, bool]] = []
         self.wanted_bytes = 0.0
-        """By the engine to have all in flight (train/memory_items.py)."""
+        """By the engine to have all in flight (train/memory_engine.py)."""
         self.most_bytes = 0
         """That were off the device at a time, since `take_metrics`."""
         self.has_warned = False
 
     def add(self, trainer: Trainer | Frozen, choice: str, keeps_weights: bool) -> None:
-        """choice: auto, always or never; keeps_weights: the engine samples with this trainer's own. Who is added first, leaves
-        first."""
+        """choice: auto, always or never; keeps_weights: the engine samples with this trainer's own. Who is added first, is
+        offloaded first."""
         self.trainers.append((trainer, choice, keeps_weights))
 
-    def down(self) -> None:
+    def offload(self) -> None:
         """As often as one likes: a step may have several rounds of rollouts. The engine has its weights."""
         for trainer, choice, keeps_weights in self.trainers:
             is_short = self.device.type == "cuda" and free_memory(self.device) < self.wanted_bytes
-            if trainer.is_resting or not (choice == "always" or (choice == "auto" and is_short)):
+            if trainer.is_offloaded or not (choice == "always" or (choice == "auto" and is_short)):
                 continue
             most = math.inf if choice == "always" else self._new_host_bytes()
             with self.watch("offload"):
-                has_left = trainer.rest(keeps_weights, most)
-            if not has_left and not self.has_warned:
+                has_room = trainer.offload(keeps_weights, most)
+            if not has_room and not self.has_warned and self._speaks_for_the_machine():
                 self.has_warned = True
                 warn(
                     "memory: sampling would be faster with optimizer states on the host meanwhile, but of its memory only "
                     f"{free_host_memory() / GIB:.0f} GiB are free: they stay (training.offload_optimizer=always moves them even so)"
                 )
-        self.most_bytes = max(self.most_bytes, sum(trainer.offload.num_bytes for trainer, _, _ in self.trainers))
+        self.most_bytes = max(self.most_bytes, sum(trainer.host_copy.num_bytes for trainer, _, _ in self.trainers))
 
-    def up(self) -> None:
-        if any(trainer.is_resting for trainer, _, _ in self.trainers):
+    def reload(self) -> None:
+        if any(trainer.is_offloaded for trainer, _, _ in self.trainers):
             with self.watch("offload"):
                 for trainer, _, _ in self.trainers:
-                    trainer.wake()
+                    trainer.reload()
 
     def take_metrics(self) -> dict[str, float]:
         """GiB that were off this rank's device in this step, where any were."""
-        most, self.most_bytes = self.most_bytes, sum(trainer.offload.num_bytes for trainer, _, _ in self.trainers)
+        most, self.most_bytes = self.most_bytes, sum(trainer.host_copy.num_bytes for trainer, _, _ in self.trainers)
         return {"memory/offloaded_gib": most / GIB} if most else {}
+
+    def _speaks_for_the_machine(self) -> bool:
+        """Its ranks share one host: one warning is enough."""
+        return os.environ.get("LOCAL_RANK", "0") == "0"
 
     def _new_host_bytes(self) -> float:
         """This rank's part of what the host has free."""

@@ -23,10 +23,11 @@ from models.family import TINY_RANDOM
 from models.kernels.launch import set_fused
 from models.lora import merged_folder, prepare_for_training
 from train.loop import Trainer
+from train.memory_engine import engine_wants
 from train.memory_estimate import check_fits, choice, read_shape, setup_of
 from train.memory_estimate import table as memory_table
-from train.memory_items import Setup, engine_wants
-from train.offload import Rest
+from train.memory_setup import Setup
+from train.offload import RolloutOffload
 from train.policy import policy_trainer
 from train.shared_value import SharedValueUpdate
 from train.value import ValueUpdate
@@ -84,7 +85,7 @@ class Run:
                 self.check_memory(model, samples)
 
         self.watch = dist.Stopwatch(self.accelerator)
-        self.rest = Rest(self.watch, self.accelerator.device)
+        self.offload = RolloutOffload(self.watch, self.accelerator.device)
         """What leaves the GPU while an engine samples."""
         self.model = self.load_model(check_all)
         prepare_for_training(self.model, config.training.lora, config.model.pretrained_model, config.training.seed)
@@ -97,10 +98,10 @@ class Run:
         elif config.model.value_base_model is not None:
             self.value = ValueUpdate(config, dist.value_accelerator(self.accelerator))
             self.trained[dist.VALUE] = self.value.model, self.value.trainer
-            self.rest.add(self.value.trainer, config.model.value_offload, keeps_weights=False)
+            self.offload.add(self.value.trainer, config.model.value_offload, keeps_weights=False)
         # Under ZeRO-3 the engine has weights of its own.
         keeps_weights = not dist.shards_weights(self.accelerator)
-        self.rest.add(self.trainer, config.training.offload_optimizer, keeps_weights)
+        self.offload.add(self.trainer, config.training.offload_optimizer, keeps_weights)
         for model, _ in self.trained.values():
             if config.model.block_size is not None:  # what the checkpoints will say
                 model.config = {**model.config, "block_size": config.model.block_size}
@@ -120,7 +121,7 @@ class Run:
             value = read_shape(str(find_directory(critic, "model.value_base_model")), model.family)
         job, gpus = "rl" if samples else "sft", self.accelerator.num_processes
         self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value)
-        self.rest.wanted_bytes = engine_wants(self.setup)
+        self.offload.wanted_bytes = engine_wants(self.setup)
         if self.is_main:
             print(memory_table(self.setup, self.gpu_bytes), flush=True)
             if config.training.gradient_checkpointing_enable == "auto":
@@ -175,7 +176,7 @@ class Run:
 
     def save_state(self, extra: dict[str, Any]) -> None:
         """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
-        self.rest.up()
+        self.offload.reload()
         saved = {
             "step": self.step,
             "finished": self.step == self.total_steps,
@@ -197,7 +198,7 @@ class Run:
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, further names link to them."""
-        self.rest.up()
+        self.offload.reload()
         state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."
@@ -252,7 +253,7 @@ class Run:
         """Seconds of every phase of the step (the slowest rank's) and the peak memory since the last call."""
         metrics = {f"time/{name}_seconds": seconds for name, seconds in self.watch.slowest().items()}
         self.watch.seconds.clear()
-        metrics |= self.rest.take_metrics()
+        metrics |= self.offload.take_metrics()
         if self.accelerator.device.type == "cuda":
             metrics["memory/recomputed_layers"] = float(self.model.decoder.recomputed_layers)
             metrics["memory/peak_gib"] = torch.cuda.max_memory_allocated() / 2**30

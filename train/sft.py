@@ -138,7 +138,7 @@ class SFTRun:
         from train.validation import build_documents, drawn_and_weighted
 
         with self.run.phase("update"):
-            self.run.rest.up()
+            self.run.offload.reload()
             responses = [self.responses[index] for index in self.batch(step)]
             documents = build_documents(responses, self.layout, [step])
             self.step_metrics = {"train/num_documents": float(len(documents)), "train/skipped": float(not documents)}

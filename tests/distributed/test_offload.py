@@ -59,7 +59,7 @@ def jobs(folder: Path, modes: dict[str, list[str]], ranks: int, broken_off: str)
 
     lines: dict[str, dict[str, Any]] = {f"{mode}, {c}": {"argv": argv(mode, c, c)} for mode in modes for c in CHOICES}
     longer = ["experiment.total_step=4", "experiment.eval_every=1"]
-    # Behind a step without a state of its own, whose evaluation has put the policy to rest.
+    # Behind a step without a state of its own, whose evaluation has offloaded the policy.
     broken = {"argv": argv(broken_off, "always", "broken off", *longer), "broken_off_after": 3}
     whole = {"argv": argv(broken_off, "never", "unbroken", *longer)}
     return lines | {f"{broken_off}, broken off": broken, f"{broken_off}, unbroken": whole}
@@ -88,7 +88,7 @@ CASES = [*((1, mode) for mode in ALONE), *((2, mode) for mode in TWO)]
 
 
 @pytest.mark.parametrize("ranks, mode", CASES, ids=lambda x: str(x).replace(" ", "_"))
-def test_a_run_that_rests_is_the_one_that_does_not(folder, runs, ranks, mode):
+def test_a_run_that_offloads_is_the_one_that_does_not(folder, runs, ranks, mode):
     stayed, moved = (read_metrics(folder / f"{ranks} {mode} {choice}") for choice in CHOICES)
     assert len(moved) == 3 and deterministic(moved) == deterministic(stayed)
     assert any(key.startswith("eval/") for key in moved[1]) and moved[0]["train/num_updates"] == 2
@@ -106,14 +106,14 @@ def test_several_rounds_there_were(folder, runs):
 
 
 @pytest.mark.parametrize("ranks, mode", [(1, "adamw"), (2, "zero3 bfloat16")])
-def test_a_resting_run_goes_on_where_it_was_broken_off(folder, runs, ranks, mode):
+def test_an_offloading_run_goes_on_where_it_was_broken_off(folder, runs, ranks, mode):
     broken, whole = (read_metrics(folder / f"{ranks} {mode} {name}") for name in ("broken off", "unbroken"))
     assert len(broken) == 4 and deterministic(broken) == deterministic(whole)
     for result in runs[ranks]:
         assert_same_bits(result[f"{mode}, broken off"], result[f"{mode}, unbroken"])
 
 
-def test_a_run_that_is_interrupted_while_it_rests_goes_on(folder, runs, monkeypatch):
+def test_a_run_that_is_interrupted_while_it_is_offloaded_goes_on(folder, runs, monkeypatch):
     """Ctrl-C between sampling and update: what is on the disk is of before."""
     import rl
 
@@ -122,7 +122,7 @@ def test_a_run_that_is_interrupted_while_it_rests_goes_on(folder, runs, monkeypa
     class Interrupted(rl.RLRun):
         def score(self, *arguments: Any) -> list[Any]:
             if self.run.step == 2 and not interrupted:
-                assert self.run.trainer.is_resting and self.run.value.trainer.is_resting
+                assert self.run.trainer.is_offloaded and self.run.value.trainer.is_offloaded
                 interrupted.append(True)
                 raise KeyboardInterrupt
             return super().score(*arguments)
@@ -139,7 +139,7 @@ def test_a_run_that_is_interrupted_while_it_rests_goes_on(folder, runs, monkeypa
 
 
 @pytest.mark.parametrize("ranks, mode, per_weight", [(1, "shared head", 4 + 8), (2, "zero1 bfloat16", 2 + 4 + 12 / 2)])
-def test_the_bytes_that_leave_by_hand(folder, runs, ranks, mode, per_weight):
+def test_the_offloaded_bytes_by_hand(folder, runs, ranks, mode, per_weight):
     """Per weight: the reference, and AdamW's moments; under ZeRO-1 the reference, the float32 sum of gradients, and half of masters
     and moments. That run's value model, as large but for its head, has no reference, but is gone whole, its weights too."""
     row = read_metrics(folder / f"{ranks} {mode} always")[-1]

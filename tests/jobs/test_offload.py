@@ -9,7 +9,7 @@ from common.metrics import is_deterministic, read_metrics
 from tests.jobs.fork_server import ForkServer
 
 
-def test_a_finetuning_run_that_rests_is_the_one_that_does_not(server: ForkServer, settings: Any, tmp_path: Path):
+def test_a_finetuning_run_that_offloads_is_the_one_that_does_not(server: ForkServer, settings: Any, tmp_path: Path):
     found = {}
     for choice in ("never", "always"):
         changes = {"training.max_steps": 4, "training.eval_every": 1, "training.offload_optimizer": choice}

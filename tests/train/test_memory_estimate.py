@@ -25,9 +25,10 @@ from sample import canvas_cache, capacity, kv_cache, paged_block, paged_cache, p
 from tests.distributed.harness import ROOT, clean_environment
 from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
-from train import loop, memory_estimate, memory_items, run
+from train import loop, memory_engine, memory_estimate, memory_items, memory_setup, run
 from train.memory_estimate import check_fits, setup_of
-from train.memory_items import GIB, MARGIN, Setup, choose_recomputed, estimate, num_parameters, states, total_bytes, update_bytes
+from train.memory_items import GIB, MARGIN, choose_recomputed, estimate, states, total_bytes, update_bytes
+from train.memory_setup import Setup, num_parameters
 
 EIGHT_B = SHAPES["sdar-8b"]
 SDAR = FAMILIES.get("sdar")
@@ -90,7 +91,7 @@ def test_parameters_are_those_of_the_decoder(name):
     lora = LoRA("base", rank=3, alpha=6, targets=targets_of(name))
     attach(model.decoder, model.family, lora)
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
-    assert memory_items.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
+    assert memory_setup.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
 
 
 def targets_of(name: str) -> tuple[str, ...]:
@@ -144,13 +145,13 @@ def test_fused_kernels_keep_less_by_hand():
 
 
 def test_constants_of_the_other_rooms():
-    assert memory_items.PAGE == pages.PAGE
-    assert memory_items.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
-    assert memory_items.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
-    assert memory_items.LOGITS == capacity.LOGITS
-    assert memory_items.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
-    assert memory_items.ROWS_AT_A_TIME == canvas_cache.ROWS_AT_A_TIME
-    assert memory_items.MEMORY_SHARE == paged_cache.MEMORY_SHARE == kv_cache.MEMORY_SHARE
+    assert memory_engine.PAGE == pages.PAGE
+    assert memory_engine.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
+    assert memory_engine.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
+    assert memory_engine.LOGITS == capacity.LOGITS
+    assert memory_engine.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
+    assert memory_engine.ROWS_AT_A_TIME == canvas_cache.ROWS_AT_A_TIME
+    assert memory_engine.MEMORY_SHARE == paged_cache.MEMORY_SHARE == kv_cache.MEMORY_SHARE
     assert memory_items.TILE == loop.TILE
     lengths = [1, 100, 128, 129, 1024, 1152, 12_416, 16_384, 16_512, 55_808, 65_536, 100_000]
     assert [memory_items.padded_length(n) for n in lengths] == [attention.padded_length(n) for n in lengths]
@@ -168,13 +169,13 @@ def test_states_of_every_stage_by_hand():
 
     one, two, three = of(1), of(2), of(3)
     assert (one.weights, one.gradients, one.optimizer, one.fresh) == (2000, 4000, 3000, 2)
-    assert (two.weights, two.gradients, two.gradients_at_rest, two.optimizer, two.fresh) == (2000, 1000, 0, 3000, 0)
-    assert (three.weights, three.gradients, three.gradients_at_rest, three.optimizer) == (500, 1000, 1000, 3000)
+    assert (two.weights, two.gradients, two.gradients_in_rollout, two.optimizer, two.fresh) == (2000, 1000, 0, 3000, 0)
+    assert (three.weights, three.gradients, three.gradients_in_rollout, three.optimizer) == (500, 1000, 1000, 3000)
     assert two.step == 1000 and of(2, moments=0).step == 0 and of(2, moments=0).optimizer == 1000
     host = of(2, offload_optimizer=True)
     assert (host.optimizer, host.gradients, host.weights) == (0, 1000, 2000)
     ddp = of(0, itemsize=4)
-    assert (ddp.weights, ddp.gradients, ddp.gradients_at_rest, ddp.optimizer) == (4000, 4000, 4000, 8000)
+    assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 4000, 4000, 8000)
 
 
 def test_more_gpus_and_cheaper_settings_take_less():
@@ -195,11 +196,11 @@ def test_a_value_model_and_a_reference_are_counted():
     both = dataclasses.replace(base, value=EIGHT_B, has_reference=True)
     extra = torch_bytes(both) - torch_bytes(base)
     assert extra == pytest.approx(critic * (2 + 12 / 8 + 4 / 8) + 2 * num_parameters(EIGHT_B))
-    resting = dataclasses.replace(both, value_rests=True)
-    rollout = [sum(item.rollout for item in estimate(s)) for s in (both, resting)]
+    offloaded = dataclasses.replace(both, value_offloaded_in_rollout=True)
+    rollout = [sum(item.rollout for item in estimate(s)) for s in (both, offloaded)]
     assert rollout[0] - rollout[1] == pytest.approx(critic * (2 + 12 / 8))
-    assert torch_bytes(resting) == torch_bytes(both)
-    ddp = dataclasses.replace(both, zero=0, itemsize=4, value_rests=True)  # whose buckets are out of reach
+    assert torch_bytes(offloaded) == torch_bytes(both)
+    ddp = dataclasses.replace(both, zero=0, itemsize=4, value_offloaded_in_rollout=True)  # whose buckets are out of reach
     assert {item.name: item.rollout for item in estimate(ddp)}["value model"] == 4 * critic
 
 
@@ -238,7 +239,7 @@ def test_activations_by_moment_by_hand():
     # q and the output 4 heads of 16, k and v 2.
     kept = 120 * memory_items.kept_per_token(shape, 2) + 8 * 2 * 2 * (64 + 32)
     working, hidden = 120 * memory_items.backward_per_token(shape, 2), 120 * 2 * 64
-    vocabulary, layer = 2 * 160 * 64, 2 * memory_items.layer_parameters(shape)
+    vocabulary, layer = 2 * 160 * 64, 2 * memory_setup.layer_parameters(shape)
 
     def of(recomputed_layers: int | None, **changes) -> dict[str, tuple[float, float, float]]:
         s = Setup(shape, 2, gpus=1, zero=1, tokens=120, predictions=50, recomputed_layers=recomputed_layers, **changes)
@@ -320,30 +321,30 @@ def test_a_run_recomputes_what_was_chosen(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("zero", [1, 2, 3])
-def test_what_rests_is_not_there_while_sampling(zero):
+def test_what_is_offloaded_is_not_there_while_sampling(zero):
     """By the table of docs/scaling.md: 8 GPUs, bfloat16, AdamW; what the update takes is the same."""
     s = Setup(EIGHT_B, 2, gpus=8, zero=zero)
-    resting = dataclasses.replace(s, optimizer_rests=True)
+    offloaded = dataclasses.replace(s, optimizer_offloaded_in_rollout=True)
     n = num_parameters(EIGHT_B)
-    saved = sum(item.rollout for item in estimate(s)) - sum(item.rollout for item in estimate(resting))
+    saved = sum(item.rollout for item in estimate(s)) - sum(item.rollout for item in estimate(offloaded))
     vocabulary = 151_936 * 4096  # the largest tensor, and more than a bucket
     buckets = 2 * vocabulary + 4 * vocabulary / 8 if zero == 3 else 0
     assert saved == pytest.approx(n * {1: 4 + 12 / 8, 2: 12 / 8, 3: 2 / 8 + 4 / 8 + 12 / 8}[zero] + buckets)
-    assert update_bytes(resting) == update_bytes(s)
+    assert update_bytes(offloaded) == update_bytes(s)
 
 
-def test_who_rests_is_chosen_by_what_the_engine_wants():
+def test_who_is_offloaded_is_chosen_by_what_the_engine_wants():
     """8B on eight GPUs under ZeRO-2, a value model of the same size beside it, 64 sequences of up to 2,784 tokens in flight."""
     s = Setup(EIGHT_B, 2, gpus=8, zero=2, value=EIGHT_B, max_active=64)
     n, critic = num_parameters(EIGHT_B), num_parameters(EIGHT_B, has_head=False)
-    graphs, _, workspace = memory_items.engine_bytes(s)
+    graphs, _, workspace = memory_engine.engine_bytes(s)
     # 36 layers of 8 heads of 128, keys and values; ceil(2,788 / 64) pages and one more for each.
     wants = graphs + (64 * 45 * 64 * 2 * 36 * 8 * 128 * 2 + workspace) / 0.9
-    assert memory_items.engine_wants(s) == pytest.approx(wants)
+    assert memory_engine.engine_wants(s) == pytest.approx(wants)
     for num_active in (128, 256):  # results and logits are of all, the cache need not be
         more = dataclasses.replace(s, max_active=num_active)
-        graphs, _, workspace = memory_items.engine_bytes(more)
-        assert memory_items.engine_wants(more) - graphs - workspace / 0.9 == pytest.approx(
+        graphs, _, workspace = memory_engine.engine_bytes(more)
+        assert memory_engine.engine_wants(more) - graphs - workspace / 0.9 == pytest.approx(
             128 * 45 * 64 * 2 * 36 * 8 * 128 * 2 / 0.9
         )
     fixed = memory_items.outside(s) + 2 * n + wants
@@ -354,27 +355,28 @@ def test_who_rests_is_chosen_by_what_the_engine_wants():
         (fixed + optimizer + GIB, (True, False)),
         (fixed + optimizer - GIB, (True, True)),
     ):
-        chosen = memory_items.choose_resting(s, gpu_bytes, value=True, optimizer=True)
-        assert (chosen.value_rests, chosen.optimizer_rests) == who
-    assert not memory_items.choose_resting(s, fixed, value=True, optimizer=False).optimizer_rests
-    referred = dataclasses.replace(s, has_reference=True)  # leaves last
-    for gpu_bytes, rests in ((fixed + 2 * n + GIB, False), (fixed + 2 * n - GIB, True)):
-        chosen = memory_items.choose_resting(referred, gpu_bytes, value=True, optimizer=True)
-        assert chosen.value_rests and chosen.optimizer_rests and chosen.reference_rests == rests
+        chosen = memory_items.choose_offloaded(s, gpu_bytes, value=True, optimizer=True)
+        assert (chosen.value_offloaded_in_rollout, chosen.optimizer_offloaded_in_rollout) == who
+    assert not memory_items.choose_offloaded(s, fixed, value=True, optimizer=False).optimizer_offloaded_in_rollout
+    referred = dataclasses.replace(s, has_reference=True)  # offloaded last
+    for gpu_bytes, is_offloaded in ((fixed + 2 * n + GIB, False), (fixed + 2 * n - GIB, True)):
+        chosen = memory_items.choose_offloaded(referred, gpu_bytes, value=True, optimizer=True)
+        assert chosen.value_offloaded_in_rollout and chosen.optimizer_offloaded_in_rollout
+        assert chosen.reference_offloaded_in_rollout == is_offloaded
         sampling = {item.name: item.rollout for item in estimate(chosen)}
-        assert sampling["frozen reference"] == (0 if rests else 2 * n)
+        assert sampling["frozen reference"] == (0 if is_offloaded else 2 * n)
     finetuning = dataclasses.replace(s, samples=False)
-    assert not memory_items.choose_resting(finetuning, fixed, value=True, optimizer=True).optimizer_rests
+    assert not memory_items.choose_offloaded(finetuning, fixed, value=True, optimizer=True).optimizer_offloaded_in_rollout
 
 
 def test_what_an_engine_of_canvases_wants():
     """Its forwards are over so many rows, unless a canvas is longer; what is stored is of every canvas."""
     s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention="full", prompt=1000, response=1048, max_active=8)
-    _, stored, workspace = memory_items.engine_bytes(s)
-    activations = workspace - memory_items.CANVAS_LOGITS_BYTES
+    _, stored, workspace = memory_engine.engine_bytes(s)
+    activations = workspace - memory_engine.CANVAS_LOGITS_BYTES
 
     def wants(**changes) -> float:
-        return 0.9 * memory_items.engine_wants(dataclasses.replace(s, **changes)) - memory_items.CANVAS_LOGITS_BYTES
+        return 0.9 * memory_engine.engine_wants(dataclasses.replace(s, **changes)) - memory_engine.CANVAS_LOGITS_BYTES
 
     assert wants() == pytest.approx(8 * (stored + activations))
     assert wants(max_active=64) == pytest.approx(64 * stored + 16 * activations)
@@ -431,7 +433,7 @@ def test_a_start_on_a_gpu_says_the_table_and_refuses(capsys):
     config = load_config("rl", ["config=configs/rl_sdar.yaml", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"])
     model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
     accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
-    job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True, gpu_bytes=int(H200), rest=SimpleNamespace())
+    job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True, gpu_bytes=int(H200), offload=SimpleNamespace())
     with pytest.raises(UserError, match="memory: about 1[67]. GiB"):
         run.Run.check_memory(job, model, samples=True)
     said = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Offloading empties storages and fills them again in place, views included; who leaves, and when."""
+"""Offloading empties storages and fills them again in place, views included; who is offloaded, and when."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from models.memory import free_host_memory
 from train import offload
-from train.offload import HostBuffer, Offload, Rest
+from train.offload import HostBuffer, HostCopy, RolloutOffload
 
 CPU = torch.device("cpu")
 
@@ -54,18 +54,18 @@ def size(tensor: torch.Tensor) -> int:
 
 
 @pytest.mark.parametrize("chunk", [offload.CHUNK_BYTES, 64, 8])
-def test_storages_come_back_in_place_and_views_stay_views(monkeypatch, chunk):
+def test_storages_are_reloaded_in_place_and_views_stay_views(monkeypatch, chunk):
     """Whatever the chunks of the host's buffer are: storages lie across their borders."""
     monkeypatch.setattr(offload, "CHUNK_BYTES", chunk)
     module, optimizer, inner = trained()
     everything = tensors(module, optimizer, inner)
-    before, away = bits(everything), Offload(CPU)
-    assert away.leave([module, optimizer], [])
+    before, host_copy = bits(everything), HostCopy(CPU)
+    assert host_copy.offload([module, optimizer], [])
     assert all(size(t) == 0 for t in everything)
     # Moments, gradients and Adam's counts of steps: float32; masters: float64; the flat buffer.
-    assert away.num_bytes == 4 * 23 * (1 + 3) + 8 * 23 + 4 * 4
-    away.come_back()
-    assert away.num_bytes == 0 and bits(everything) == before
+    assert host_copy.num_bytes == 4 * 23 * (1 + 3) + 8 * 23 + 4 * 4
+    host_copy.reload()
+    assert host_copy.num_bytes == 0 and bits(everything) == before
     optimizer.flat.add_(1)
     assert torch.equal(module[0].weight.flatten(), optimizer.flat[:12]), "a weight is no view of the flat buffer any more"
     inner.step()
@@ -74,58 +74,58 @@ def test_storages_come_back_in_place_and_views_stay_views(monkeypatch, chunk):
 def test_what_stays_can_be_computed_with():
     module, optimizer, inner = trained()
     x = torch.randn(3, 4)
-    right, away = module(x), Offload(CPU)
-    assert away.leave([module, optimizer], [p.data for p in module.parameters()])
+    right, host_copy = module(x), HostCopy(CPU)
+    assert host_copy.offload([module, optimizer], [p.data for p in module.parameters()])
     assert size(optimizer.flat) == 4 * 23 and all(size(p.grad) == 0 for p in module.parameters())
     assert all(size(s["exp_avg"]) == 0 for s in inner.state.values())
     assert torch.equal(module(x), right)
-    away.come_back()
+    host_copy.reload()
     inner.step()
     assert not torch.equal(module(x), right)
 
 
 def test_zeros_and_scratch_take_no_place_on_the_host():
     zeros, negative, scratch, real = torch.zeros(1000), torch.full((10,), -0.0), torch.ones(1000), torch.ones(7)
-    away = Offload(CPU)
-    away.leave([[zeros, negative, real, scratch]], [], [scratch])
-    assert away.num_bytes == 4 * 2017 and sum(one.num_bytes for one in away.moved if one.start is not None) == 4 * 17
-    assert away.host.num_bytes == 128  # 68, rounded up
-    away.come_back()
+    host_copy = HostCopy(CPU)
+    host_copy.offload([[zeros, negative, real, scratch]], [], [scratch])
+    assert host_copy.num_bytes == 4 * 2017 and sum(one.num_bytes for one in host_copy.moved if one.start is not None) == 4 * 17
+    assert host_copy.host.num_bytes == 128  # 68, rounded up
+    host_copy.reload()
     assert not zeros.any() and zeros.shape == (1000,) and len(scratch) == 1000 and size(scratch) == 4000
     assert torch.signbit(negative).all() and (real == 1).all()
 
 
 def test_host_memory_is_taken_once():
     module, optimizer, inner = trained()
-    away, before = Offload(CPU), bits(tensors(module, optimizer, inner))
+    host_copy, before = HostCopy(CPU), bits(tensors(module, optimizer, inner))
     addresses = []
     for _ in range(3):
-        away.leave([module, optimizer], [])
-        addresses.append([chunk.data_ptr() for chunk in away.host.chunks])
-        away.come_back()
+        host_copy.offload([module, optimizer], [])
+        addresses.append([chunk.data_ptr() for chunk in host_copy.host.chunks])
+        host_copy.reload()
     assert addresses[0] == addresses[1] == addresses[2] and bits(tensors(module, optimizer, inner)) == before
     more = torch.arange(5000)  # states that a first step makes
-    away.leave([module, optimizer, [more]], [])
-    away.come_back()
+    host_copy.offload([module, optimizer, [more]], [])
+    host_copy.reload()
     assert torch.equal(more, torch.arange(5000)) and bits(tensors(module, optimizer, inner)) == before
 
 
 def test_nothing_moves_where_the_host_is_full():
     things = [torch.ones(100), torch.zeros(1000)]
-    away = Offload(CPU)
-    assert not away.leave([things], [], new_host_bytes=399) and away.num_bytes == 0 and size(things[0]) == 400
-    assert away.leave([things], [], new_host_bytes=400)
-    away.come_back()
-    assert away.leave([things], [], new_host_bytes=0), "what it has already is its own"
-    away.come_back()
+    host_copy = HostCopy(CPU)
+    assert not host_copy.offload([things], [], new_host_bytes=399) and host_copy.num_bytes == 0 and size(things[0]) == 400
+    assert host_copy.offload([things], [], new_host_bytes=400)
+    host_copy.reload()
+    assert host_copy.offload([things], [], new_host_bytes=0), "what it has already is its own"
+    host_copy.reload()
 
 
 def test_an_interrupt_leaves_nothing_lost(monkeypatch):
     """Between two storages, on the way out and on the way back."""
     module, optimizer, inner = trained()
     everything = tensors(module, optimizer, inner)
-    before, away = bits(everything), Offload(CPU)
-    pairs, calls = Offload._pairs, []
+    before, host_copy = bits(everything), HostCopy(CPU)
+    pairs, calls = HostCopy._pairs, []
 
     def interrupted(self, one):
         calls.append(one)
@@ -133,22 +133,22 @@ def test_an_interrupt_leaves_nothing_lost(monkeypatch):
             raise KeyboardInterrupt
         return pairs(self, one)
 
-    monkeypatch.setattr(Offload, "_pairs", interrupted)
+    monkeypatch.setattr(HostCopy, "_pairs", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        away.leave([module, optimizer], [])
-    assert not away.moved and bits(everything) == before
-    assert away.leave([module, optimizer], [])
+        host_copy.offload([module, optimizer], [])
+    assert not host_copy.moved and bits(everything) == before
+    assert host_copy.offload([module, optimizer], [])
     # As if the interrupt had come before the last one was emptied.
-    last = away.moved[-1]
+    last = host_copy.moved[-1]
     last.storage.resize_(last.num_bytes)
-    for piece, copy in pairs(away, last):
+    for piece, copy in pairs(host_copy, last):
         piece.copy_(copy)
     calls.clear()
     with pytest.raises(KeyboardInterrupt):
-        away.come_back()
-    assert away.moved
-    away.come_back()
-    assert not away.moved and bits(everything) == before
+        host_copy.reload()
+    assert host_copy.moved
+    host_copy.reload()
+    assert not host_copy.moved and bits(everything) == before
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="memory can be pinned here")
@@ -165,38 +165,38 @@ def test_a_gpu_is_emptied_and_filled():
     module, optimizer, inner = trained(device)
     large = torch.randn(300, 2**20, device=device)  # across the chunks of the host
     everything = [*tensors(module, optimizer, inner), large]
-    before, right, away = bits(everything[:-1]), large.sum(dtype=torch.float64), Offload(device)
+    before, right, host_copy = bits(everything[:-1]), large.sum(dtype=torch.float64), HostCopy(device)
     for _ in range(2):
         allocated = torch.cuda.memory_allocated()
-        assert away.leave([module, optimizer, [large]], [])
-        assert all(chunk.is_pinned() for chunk in away.host.chunks) and away.host.num_bytes > 300 * 2**22
+        assert host_copy.offload([module, optimizer, [large]], [])
+        assert all(chunk.is_pinned() for chunk in host_copy.host.chunks) and host_copy.host.num_bytes > 300 * 2**22
         assert torch.cuda.memory_allocated() <= allocated - 300 * 2**22
-        away.come_back()
+        host_copy.reload()
         assert bits(everything[:-1]) == before and large.sum(dtype=torch.float64) == right
     inner.step()
 
 
-# ---- who leaves, and when
+# ---- who is offloaded, and when
 
 
 class FakeTrainer:
-    """Of so many bytes, which are free on a pretended GPU while it rests."""
+    """Of so many bytes, which are free on a pretended GPU while it is offloaded."""
 
     def __init__(self, gpu: dict[str, float], num_bytes: int, needs_host: float = 0) -> None:
         self.gpu, self.num_bytes, self.needs_host = gpu, num_bytes, needs_host
-        self.offload, self.is_resting, self.keeps_weights = SimpleNamespace(num_bytes=0), False, None
+        self.host_copy, self.is_offloaded, self.keeps_weights = SimpleNamespace(num_bytes=0), False, None
 
-    def rest(self, keeps_weights: bool, new_host_bytes: float) -> bool:
+    def offload(self, keeps_weights: bool, new_host_bytes: float) -> bool:
         if self.needs_host > new_host_bytes:
             return False
-        self.is_resting, self.keeps_weights, self.offload.num_bytes = True, keeps_weights, self.num_bytes
+        self.is_offloaded, self.keeps_weights, self.host_copy.num_bytes = True, keeps_weights, self.num_bytes
         self.gpu["free"] += self.num_bytes
         return True
 
-    def wake(self) -> None:
-        if self.is_resting:
+    def reload(self) -> None:
+        if self.is_offloaded:
             self.gpu["free"] -= self.num_bytes
-        self.is_resting, self.offload.num_bytes = False, 0
+        self.is_offloaded, self.host_copy.num_bytes = False, 0
 
 
 @pytest.fixture
@@ -205,66 +205,71 @@ def gpu(monkeypatch) -> dict[str, float]:
     memory = {"free": 100.0, "host": 1000.0}
     monkeypatch.setattr(offload, "free_memory", lambda device: memory["free"])
     monkeypatch.setattr(offload, "free_host_memory", lambda: memory["host"])
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     return memory
 
 
-def resting(gpu, wanted: float, value: str = "auto", policy: str = "auto", **changes) -> tuple[Rest, FakeTrainer, FakeTrainer]:
-    rest = Rest(lambda phase: nullcontext(), torch.device("cuda"))
-    rest.wanted_bytes = wanted
+def offloading(gpu, wanted: float, value="auto", policy="auto", **changes) -> tuple[RolloutOffload, FakeTrainer, FakeTrainer]:
+    moving = RolloutOffload(lambda phase: nullcontext(), torch.device("cuda"))
+    moving.wanted_bytes = wanted
     trainers = FakeTrainer(gpu, 50), FakeTrainer(gpu, 70, **changes)
-    rest.add(trainers[0], value, keeps_weights=False)
-    rest.add(trainers[1], policy, keeps_weights=True)
-    return rest, *trainers
+    moving.add(trainers[0], value, keeps_weights=False)
+    moving.add(trainers[1], policy, keeps_weights=True)
+    return moving, *trainers
 
 
 @pytest.mark.parametrize("wanted, who", [(100, (False, False)), (150, (True, False)), (151, (True, True)), (999, (True, True))])
-def test_as_many_leave_as_the_engine_needs(gpu, wanted, who):
+def test_as_many_are_offloaded_as_the_engine_needs(gpu, wanted, who):
     """100 are free; the value model has 50, the policy 70."""
-    rest, value, policy = resting(gpu, wanted)
+    moving, value, policy = offloading(gpu, wanted)
     for _ in range(2):  # several rounds of rollouts: nothing changes
-        rest.down()
-        assert (value.is_resting, policy.is_resting) == who
+        moving.offload()
+        assert (value.is_offloaded, policy.is_offloaded) == who
         assert gpu["free"] == 100 + 50 * who[0] + 70 * who[1]
     assert (value.keeps_weights, policy.keeps_weights) == tuple({0: None}.get(went, kept) for went, kept in zip(who, (False, True)))
-    rest.up()
-    rest.up()
-    assert gpu["free"] == 100 and not (value.is_resting or policy.is_resting)
+    moving.reload()
+    moving.reload()
+    assert gpu["free"] == 100 and not (value.is_offloaded or policy.is_offloaded)
 
 
 def test_always_and_never(gpu):
-    rest, value, policy = resting(gpu, 10, "never", "always")
-    rest.down()
-    assert not value.is_resting and policy.is_resting
-    assert rest.take_metrics() == {"memory/offloaded_gib": 70 / 2**30}
-    assert rest.take_metrics() == {"memory/offloaded_gib": 70 / 2**30}, "it still rests"
-    rest.up()
-    assert rest.take_metrics() != {} and rest.take_metrics() == {}
+    moving, value, policy = offloading(gpu, 10, "never", "always")
+    moving.offload()
+    assert not value.is_offloaded and policy.is_offloaded
+    assert moving.take_metrics() == {"memory/offloaded_gib": 70 / 2**30}
+    assert moving.take_metrics() == {"memory/offloaded_gib": 70 / 2**30}, "it is still offloaded"
+    moving.reload()
+    assert moving.take_metrics() != {} and moving.take_metrics() == {}
 
 
 def test_a_full_host_is_left_alone(gpu, monkeypatch, capsys):
-    """By `auto`; every rank of a machine has its part of four fifths of it."""
+    """By `auto`; every rank of a machine has its part of four fifths of it, and the first one warns, once."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    rest, value, policy = resting(gpu, 999, needs_host=201)
-    for _ in range(2):
-        rest.down()
-    assert value.is_resting and not policy.is_resting
-    assert capsys.readouterr().err.count("training.offload_optimizer=always") == 1
-    rest, _, policy = resting(gpu, 999, needs_host=200)
-    rest.down()
-    assert policy.is_resting
-    rest, _, policy = resting(gpu, 999, policy="always", needs_host=5000)
-    rest.down()
-    assert policy.is_resting
+    for local_rank, num_warnings in ((None, 1), ("0", 1), ("1", 0), ("3", 0)):
+        if local_rank is not None:
+            monkeypatch.setenv("LOCAL_RANK", local_rank)
+        gpu["free"] = 100.0
+        moving, value, policy = offloading(gpu, 999, needs_host=201)
+        for _ in range(2):
+            moving.offload()
+        assert value.is_offloaded and not policy.is_offloaded
+        assert capsys.readouterr().err.count("training.offload_optimizer=always") == num_warnings
+    moving, _, policy = offloading(gpu, 999, needs_host=200)
+    moving.offload()
+    assert policy.is_offloaded
+    moving, _, policy = offloading(gpu, 999, policy="always", needs_host=5000)
+    moving.offload()
+    assert policy.is_offloaded
 
 
 def test_nothing_is_short_on_a_cpu():
-    rest = Rest(lambda phase: nullcontext(), CPU)
+    moving = RolloutOffload(lambda phase: nullcontext(), CPU)
     trainer = FakeTrainer({"free": 0}, 1)
-    rest.add(trainer, "auto", keeps_weights=True)
-    rest.wanted_bytes = 1e15
-    rest.down()
-    assert not trainer.is_resting and rest.take_metrics() == {}
+    moving.add(trainer, "auto", keeps_weights=True)
+    moving.wanted_bytes = 1e15
+    moving.offload()
+    assert not trainer.is_offloaded and moving.take_metrics() == {}
 
 
 def test_free_memory_of_a_host_and_of_its_containers(tmp_path):

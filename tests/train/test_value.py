@@ -22,7 +22,7 @@ from tests.train.steps import (
     tiny_model,
 )
 from train.layout import Layout
-from train.offload import Rest
+from train.offload import RolloutOffload
 from train.packing import Predictions, number
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
@@ -221,26 +221,26 @@ def test_a_shared_head_is_found_again_by_the_next_run(rollouts, tmp_path):
     assert (build_policy(again, config, 1.0).value_head.weight == 0.25).all()
 
 
-def test_resting_twice_loses_nothing(saved_model):
-    """A step with several rounds of rollouts rests before each; on a CPU its storages stand for the GPU's. The policy, which the
+def test_offloading_twice_loses_nothing(saved_model):
+    """A step with several rounds of rollouts offloads before each; on a CPU its storages stand for the GPU's. The policy, which the
     engine samples with, stays."""
     forget_accelerator()
     config = rl_config(f"model.value_base_model={saved_model}")
     accelerator = dist.make_accelerator(config)
     policy = policy_trainer(tiny_model(3), config, accelerator, 1.0)
     value = ValueUpdate(config, dist.value_accelerator(accelerator))
-    rest = Rest(dist.Stopwatch(accelerator), accelerator.device)
-    rest.add(value.trainer, "always", keeps_weights=False)
-    rest.add(policy, "always", keeps_weights=True)
+    offload = RolloutOffload(dist.Stopwatch(accelerator), accelerator.device)
+    offload.add(value.trainer, "always", keeps_weights=False)
+    offload.add(policy, "always", keeps_weights=True)
     before = {name: p.detach().clone() for name, p in value.trainer.module.named_parameters()}
-    rest.down()
-    rest.down()
+    offload.offload()
+    offload.offload()
     assert all(p.untyped_storage().nbytes() == 0 for p in value.trainer.module.parameters())
     assert all(p.untyped_storage().nbytes() > 0 for p in policy.module.parameters())
     with pytest.raises(AssertionError):
         value.trainer.outputs([], 1)
-    rest.up()
-    rest.up()
+    offload.reload()
+    offload.reload()
     forget_accelerator()
     assert all(torch.equal(p, before[name]) for name, p in value.trainer.module.named_parameters())
 
