@@ -22,7 +22,6 @@ import time
 import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable
 
 from tests.distributed.harness import ROOT, clean_environment
 
@@ -66,18 +65,14 @@ class ForkServer:
         arguments: list[str],
         env: dict[str, str] | None = None,
         cwd: str | Path = ROOT,
-        while_running: Callable[[int, Path], None] | None = None,
         timeout_seconds: float = 120,
     ) -> Job:
-        """Run ROOT/`script` to its end. `while_running` is called with its process id and the file its stdout goes to."""
+        """Run ROOT/`script` to its end."""
         with tempfile.TemporaryDirectory(prefix="unmask-job-") as folder:
             out, err = Path(folder, "out"), Path(folder, "err")
             request = [str(ROOT / script), arguments, {**(env or {})}, str(cwd), str(out), str(err), timeout_seconds]
             self.process.stdin.write(json.dumps(request) + "\n")
             self.process.stdin.flush()
-            pid = int(self._answer())
-            if while_running is not None:
-                while_running(pid, out)
             code = int(self._answer())
             return Job(code, out.read_text(), err.read_text())
 
@@ -103,7 +98,6 @@ def serve() -> None:
         pid = os.fork()
         if pid == 0:
             become(script, arguments, env, cwd, out, err)
-        print(pid, flush=True)
         code, deadline = None, time.monotonic() + timeout_seconds
         while code is None:
             done, status = os.waitpid(pid, os.WNOHANG)

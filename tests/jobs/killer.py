@@ -4,7 +4,8 @@ with no chance to clean up.
     KILL_AT=update:3     the place, a name in PLACES, and the step
     KILL_MARKER=FILE     made at the kill; where it exists already nothing is killed
     KILL_RANK=1          of several processes this one alone; left out: whichever comes first
-    KILL_BY=kill         by SIGKILL; raise: by an error; memory: by one that says that the GPU's memory is full
+    KILL_BY=kill         by SIGKILL; interrupt: as Ctrl-C does; raise: by an error; memory: by one that says that the GPU's memory
+                         is full
 
 Without KILL_AT it changes nothing. It also registers the rewards of those runs, which differ more than right and wrong do.
 """
@@ -73,8 +74,9 @@ def kill_now(step: int | None = None) -> None:
         return
     if (step_now if step is None else step) == int(STEP) and not marker.exists():
         marker.write_text(f"{PLACE} {STEP}")
-        if how == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
+        if how in ("kill", "interrupt"):
+            os.kill(os.getpid(), signal.SIGKILL if how == "kill" else signal.SIGINT)
+            return
         if how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 139.80 GiB")
         raise RuntimeError("this is the end")

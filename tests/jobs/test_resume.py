@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any, Callable
 
@@ -92,12 +90,12 @@ Start = Callable[..., Any]
 
 @pytest.fixture(scope="module")
 def start(server: ForkServer, settings: Callable[..., list[str]]) -> Start:
-    """start(variant, project, kill_at="", while_running=None, **changes)"""
+    """start(variant, project, kill_at="", kill_by="kill", **changes)"""
 
-    def start(variant: str, project: Path, kill_at: str = "", while_running: Any = None, **changes: Any) -> Any:
+    def start(variant: str, project: Path, kill_at: str = "", kill_by: str = "kill", **changes: Any) -> Any:
         job, own = VARIANTS[variant]
-        env = {"KILL_AT": kill_at, "KILL_MARKER": str(project) + ".killed"} if kill_at else {}
-        return server.run(SCRIPTS[job], settings(job, project, {**own, **changes}), env, while_running=while_running)
+        env = {"KILL_AT": kill_at, "KILL_BY": kill_by, "KILL_MARKER": str(project) + ".killed"} if kill_at else {}
+        return server.run(SCRIPTS[job], settings(job, project, {**own, **changes}), env)
 
     return start
 
@@ -235,22 +233,10 @@ def test_other_settings_do_not_train_on_old_rollouts(start: Start, tmp_path: Pat
     assert (project / "rollouts" / "step_000005.jsonl").read_bytes() != before
 
 
-def interrupt_in_step(step: int) -> Callable[[int, Path], None]:
-    """Send Ctrl-C once the line of `step` has been printed."""
-
-    def watch(pid: int, out: Path) -> None:
-        deadline = time.monotonic() + 60
-        while f"step {step}/" not in (out.read_text() if out.exists() else ""):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        os.kill(pid, signal.SIGINT)
-
-    return watch
-
-
-def test_ctrl_c_ends_cleanly_and_the_run_goes_on(start: Start, unbroken: Any, tmp_path: Path):
+@pytest.mark.parametrize("where", ["rollout:3", "update:3"])
+def test_ctrl_c_ends_cleanly_and_the_run_goes_on(start: Start, unbroken: Any, tmp_path: Path, where: str):
     project = tmp_path / "run"
-    stopped = start("every", project, while_running=interrupt_in_step(2))
+    stopped = start("every", project, where, "interrupt")
     assert stopped.code == 130
     assert stopped.error_lines[-1] == "interrupted; start the same command again to go on"
     assert "Traceback" not in stopped.err
