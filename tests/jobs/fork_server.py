@@ -112,6 +112,7 @@ def serve() -> None:
 def become(script: str, arguments: list[str], env: dict[str, str], cwd: str, out: str, err: str) -> None:
     """In the child: be `python script *arguments`, and never return."""
     os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a terminal, also where the tests run in a shell's background
     for path, number in [(os.devnull, 0), (out, 1), (err, 2)]:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, number)
