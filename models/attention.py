@@ -27,9 +27,7 @@ from torch import Tensor
 from models.decoder import Attend
 from models.kernels.launch import fused_is_on, use_kernel
 from models.kernels.tiles import count_visible
-
-TILE = 128
-"""Tokens of a tile of FlexAttention's mask: those of 64 do not compile, those of 256 are slower."""
+from models.row_length import TILE, padded_length
 
 
 @dataclass
@@ -171,12 +169,6 @@ def tile_pairs(ids: TokenIds) -> Tensor:
         visible = F.pad(visible, (0, -n % TILE, 0, -len(visible) % TILE))
         counts.append(visible.view(-1, TILE, num_tiles, TILE).sum((1, 3), dtype=torch.int32))
     return torch.cat(counts)
-
-
-def padded_length(n: int) -> int:
-    """At least n, of few sizes: multiples of an eighth of the power of two that is not below n."""
-    multiple = max(TILE, (1 << (n - 1).bit_length()) // 8)
-    return -(-n // multiple) * multiple
 
 
 def block_mask(ids: TokenIds, length: int | None = None) -> Any:

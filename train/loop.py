@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from common import dist
-from models.attention import TILE
 from models.checkpoint import Pretrained
+from models.row_length import TILE
 from train.gradient_norms import GradientNorms
 from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate

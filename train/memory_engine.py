@@ -35,9 +35,11 @@ def engine_wants(s: Setup) -> float:
     """Bytes of free memory with which the engine has as many of the `max_active` sequences in flight as help, each as long as it
     may become."""
     graphs, cache, workspace = engine_bytes(s)
-    num_active = s.max_active if s.attention == "full" else min(s.max_active, ENOUGH_IN_FLIGHT)
+    num_active = s.max_active
     if s.attention == "full":  # forwards over as many canvases as come to so many rows
         length = s.prompt + s.response
         activations = workspace - CANVAS_LOGITS_BYTES
-        workspace += activations * (max(1.0, min(s.max_active, ROWS_AT_A_TIME / length)) - 1)
+        workspace += activations * (max(1.0, min(num_active, ROWS_AT_A_TIME / length)) - 1)
+    else:
+        num_active = min(num_active, ENOUGH_IN_FLIGHT)
     return graphs + (num_active * cache + workspace) / MEMORY_SHARE

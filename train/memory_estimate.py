@@ -16,10 +16,10 @@ from typing import Any, Iterator
 
 from common.errors import UserError, entry_point, warn
 from models.family import DecoderConfig
+from models.row_length import whole_tiles
 from train.memory_items import (
     GIB,
     MARGIN,
-    TILE,
     choose_offloaded,
     choose_recomputed,
     estimate,
@@ -56,10 +56,6 @@ def choice(s: Setup, gpu_bytes: float) -> str:
     why = "the fewest with which the update stays within" if fits else "and still the update takes more than"
     chosen = f"layers recomputed in the backward (auto): {s.num_recomputed} of {s.shape.num_layers}"
     return f"{chosen}, {why} {MARGIN:.0%} of the GPU's {gpu_bytes / GIB:.1f} GiB"
-
-
-def whole_tiles(tokens: int) -> int:
-    return -(-tokens // TILE) * TILE
 
 
 def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:

@@ -26,6 +26,7 @@ import dataclasses
 from dataclasses import dataclass
 
 from models.family import DecoderConfig
+from models.row_length import padded_length
 from train.memory_engine import engine_bytes, engine_wants
 from train.memory_setup import Setup, layer_parameters, num_parameters, vocabulary_parameters
 
@@ -42,8 +43,6 @@ MARGIN = 0.9
 """The share of a GPU that an update may take where recomputation is chosen by memory. The rest is for what the estimate misses
 (2% of measured peaks, but DeepSpeed's share is read in its code) and for what torch's allocator holds in pieces that fit nothing,
 packs being of many sizes. What is recomputed needlessly costs a fifth of the update's time at most, memory that is full the run."""
-TILE = 128
-"""As train/loop.py rounds packs up."""
 
 
 # ----------------------------------------------------------------------------------------------------------- activations
@@ -68,12 +67,6 @@ def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: 
         kept -= 4 * (query + key)  # what goes into these norms is that of v
     kept += itemsize * query + 4 * c.num_heads  # the output, and the log of the softmax's sum
     return kept + itemsize * (3 if fused else 4) * c.intermediate_size  # gate and up, silu(gate), their product
-
-
-def padded_length(n: int) -> int:
-    """As in models/attention.py; a test holds them equal."""
-    multiple = max(TILE, (1 << (n - 1).bit_length()) // 8)
-    return -(-n // multiple) * multiple
 
 
 def filled_attention(c: DecoderConfig, itemsize: int, tokens: int, fused: bool) -> int:
@@ -109,8 +102,6 @@ class Item:
     rollout: float
     """Bytes."""
     update: float
-    what: str = ""
-    """To change about it, as settings."""
 
 
 @dataclass(frozen=True)
@@ -225,29 +216,29 @@ def estimate(s: Setup) -> list[Item]:
     # The buckets of DDP are out of reach.
     gradients = policy.gradients_in_rollout * (stays if s.zero else 1.0)
     items = [
-        Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights, "zero weights lora"),
-        Item("gradients", gradients, policy.gradients + fresh, "zero lora"),
-        Item("optimizer states", policy.optimizer * stays, policy.optimizer, "zero offload lora"),
+        Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights),
+        Item("gradients", gradients, policy.gradients + fresh),
+        Item("optimizer states", policy.optimizer * stays, policy.optimizer),
         Item("DeepSpeed's buckets", policy.buffers * stays if s.zero == 3 else 0.0, policy.buffers),
         Item("gathered weights", 0.0, policy.gathered),
-        Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations, "tokens recompute"),
-        Item(temporary, 0.0, extra, "chunk"),
+        Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations),
+        Item(temporary, 0.0, extra),
     ]
     if s.value is not None:
         total = value.weights + value.optimizer
         value_stays = 0.0 if s.value_offloaded_in_rollout else 1.0
         sampling = total * value_stays + value.gradients_in_rollout * (value_stays if s.zero else 1.0)
-        items.append(Item("value model", sampling, total + value.gradients, "value"))
+        items.append(Item("value model", sampling, total + value.gradients))
     if s.has_reference:
         whole = s.itemsize * num_parameters(c)
-        items.append(Item("frozen reference", 0.0 if s.reference_offloaded_in_rollout else whole, whole, "reference"))
+        items.append(Item("frozen reference", 0.0 if s.reference_offloaded_in_rollout else whole, whole))
     if s.samples:
         if s.zero == 3:
             whole = s.itemsize * (num_parameters(c) + s.adapter)
-            items.append(Item("the engine's own weights", whole, whole, "engine"))
+            items.append(Item("the engine's own weights", whole, whole))
         graphs, cache, workspace = engine_bytes(s)
         items.append(Item("the engine's graphs and results", graphs, graphs))
-        items.append(Item("keys and values of one sequence", cache, 0.0, "response"))
+        items.append(Item("keys and values of one sequence", cache, 0.0))
         items.append(Item("workspace of sampling", workspace, 0.0))
     return [item for item in items if max(item.rollout, item.update) >= 2**20]
 

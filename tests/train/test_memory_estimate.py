@@ -14,7 +14,7 @@ import torch
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
 from configs.load import load_config
-from models import attention
+from models import attention, row_length
 from models.decoder import rope_cos_sin
 from models.family import DecoderConfig
 from models.lora import LoRA, attach
@@ -152,7 +152,7 @@ def test_constants_of_the_other_rooms():
     assert memory_engine.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
     assert memory_engine.ROWS_AT_A_TIME == canvas_cache.ROWS_AT_A_TIME
     assert memory_engine.MEMORY_SHARE == paged_cache.MEMORY_SHARE == kv_cache.MEMORY_SHARE
-    assert memory_items.TILE == loop.TILE
+    assert row_length.TILE == loop.TILE
     lengths = [1, 100, 128, 129, 1024, 1152, 12_416, 16_384, 16_512, 55_808, 65_536, 100_000]
     assert [memory_items.padded_length(n) for n in lengths] == [attention.padded_length(n) for n in lengths]
 
