@@ -271,13 +271,12 @@ def sweep_attention(scene: Scene) -> None:
     q = scene.rows(c.num_heads * c.head_dim).view(scene.num_rows, c.num_heads, c.head_dim)
     rows = max(16, scene.block_size * c.num_heads // c.num_kv_heads)
     splits = (1, 2) if n >= 64 else (2, 4, 8) if n > 8 else (8, 16, 32)
+    cuts = [(32, 2, 3), (32, 2, 4), (64, 2, 3)]  # keys, warps, stages
+    cuts += [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2)]
     found = []
-    for tile, s, (keys, warps, stages) in itertools.product(
-        [tile for tile in (16, 32, 64, 128) if rows // 4 <= tile <= rows],
-        splits,
-        [(32, 4, 3), (32, 4, 4), (32, 8, 3), (64, 4, 2), (64, 4, 3), (64, 4, 4), (64, 8, 3), (128, 4, 2), (128, 8, 2)],
-    ):
-        if tile == 128 and warps == 4 or tile * keys > 8192:
+    tiles = [tile for tile in (16, 32, 64, 128) if rows // 4 <= tile <= rows]
+    for tile, s, (keys, warps, stages) in itertools.product(tiles, splits, cuts):
+        if tile == 128 and warps == 4 or tile > 16 and warps == 2 or tile * keys > 8192:
             continue  # registers
         options = dict(tile=tile, splits=s, keys_at_a_time=keys, num_warps=warps, num_stages=stages)
         us = microseconds([lambda i=i, o=options: scene.attend(i, q, **o) for i in range(len(scene.k))], repeats=3)

@@ -314,9 +314,10 @@ class Generation:
             )
 
         hidden = fused_forward(
-            self.decoder, plan.row_tokens, plan.positions, plan.entries, self.cache.k, self.cache.v, state.rotary, attend
-        )  # [N, D]
-        logits = self.decoder.lm_head(hidden.index_select(0, plan.head_rows), head_logits)  # [h, V]
+            self.decoder, plan.row_tokens, plan.positions, plan.entries, self.cache.k, self.cache.v, state.rotary, attend,
+            rows=plan.head_rows,
+        )  # fmt: skip
+        logits = self.decoder.lm_head(hidden, head_logits)  # [h, V]
         draws = draw_rows(logits, plan.row_keys, self.graph_settings, self.constants.forbidden, plan.num_head)
         status = state.status[: plan.num_items]
         reveal_and_advance(state.slots, plan, draws, self.constants, self.graph_settings, state.results, status)

@@ -18,6 +18,7 @@ import pytest
 import torch
 
 from common.errors import entry_point, memory_is_full
+from common.metrics import read_metrics
 from tests.distributed.harness import ROOT, clean_environment
 from tests.jobs.conftest import content
 
@@ -75,7 +76,7 @@ def assert_ended_with_its_cause(ended: Ended, how: str) -> None:
         assert ended.last_line.endswith("failed: RuntimeError: this is the end")
         assert "Traceback" in ended.err
     else:
-        assert "the GPU's memory is full" in ended.last_line and "2.50 GiB" in ended.last_line
+        assert "the GPU's memory is full" in ended.last_line and ("2.50 GiB" in ended.last_line) == (how == "memory")
         assert "train.memory_estimate" in ended.last_line
         assert "[rank1]: Traceback" not in ended.err  # (rank 0 may say that it has lost its peer)
 
@@ -110,6 +111,19 @@ def test_one_fault_after_the_other(unbroken, tmp_path):
 @pytest.mark.parametrize("phase, how", itertools.product(PHASES, ["kill", "raise", "memory"]))
 def test_every_fault_in_every_phase(unbroken, tmp_path, phase, how):
     assert broken_off(tmp_path / "run", (phase, how, 2)) == unbroken
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fills the memory of one GPU of two")
+def test_a_gpu_that_is_really_full(tmp_path):
+    """Not an error that a test made up: what fails is whatever asks for memory behind the reward, the update's first tensor."""
+    project = tmp_path / "run"
+    ended = start(project, "reward", "full", 2)
+    print(f"{ended.seconds:.1f} s until the job was over: {ended.last_line}")
+    assert_ended_with_its_cause(ended, "full")
+    assert " more were wanted)" in ended.last_line
+    ended = start(project)
+    assert ended.code == 0, ended.err
+    assert [row["step"] for row in read_metrics(project)] == [1, 2]
 
 
 # ---- the line

@@ -5,7 +5,7 @@ with no chance to clean up.
     KILL_MARKER=FILE     made at the kill; where it exists already nothing is killed
     KILL_RANK=1          of several processes this one alone; left out: whichever comes first
     KILL_BY=kill         by SIGKILL; interrupt: as Ctrl-C does; raise: by an error; memory: by one that says that the GPU's memory
-                         is full
+                         is full; full: by filling the GPU's memory, so that whatever wants some next fails
 
 Without KILL_AT it changes nothing. It also registers the rewards of those runs, which differ more than right and wrong do.
 """
@@ -79,7 +79,23 @@ def kill_now(step: int | None = None) -> None:
             return
         if how == "memory":
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 1 has a total capacity of 139.80 GiB")
+        if how == "full":
+            fill_memory()
+            return
         raise RuntimeError("this is the end")
+
+
+held: list[torch.Tensor] = []
+
+
+def fill_memory() -> None:
+    """Take what the GPU has left, and what torch keeps of it for itself."""
+    num_bytes = 2**37
+    while num_bytes >= 512:
+        try:
+            held.append(torch.empty(num_bytes, dtype=torch.uint8, device="cuda"))
+        except torch.OutOfMemoryError:
+            num_bytes //= 2
 
 
 def patch(

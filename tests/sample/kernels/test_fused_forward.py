@@ -5,6 +5,8 @@ On a CPU the references are compared here and, in the interpreter's process, the
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
@@ -55,8 +57,8 @@ class Paged:
     def entries(self, sequence: int, positions: Tensor) -> Tensor:
         return self.table[sequence][positions.long() // PAGE] * PAGE + positions % PAGE
 
-    def run(self, tokens: Tensor, positions: Tensor, entries: Tensor, attend: AttendCached, keep_kv: bool = False) -> Tensor:
-        return fused_forward(self.decoder, tokens, positions, entries, self.k, self.v, self.rotary, attend, keep_kv=keep_kv)
+    def run(self, tokens: Tensor, positions: Tensor, entries: Tensor, attend: AttendCached, **options: Any) -> Tensor:
+        return fused_forward(self.decoder, tokens, positions, entries, self.k, self.v, self.rotary, attend, **options)
 
 
 # In numpy's hands: rows of places that nobody has.
@@ -102,15 +104,18 @@ def check(decoder: Decoder) -> None:
         rows = slice(i * SIZE, (i + 1) * SIZE)
         entries[rows] = paged.entries(s, positions[rows])
     before = paged.k.clone()
-    got = paged.run(
-        tokens.int(),
-        positions,
-        entries,
-        lambda layer, q, k, v: item_attention(q, paged.k[layer], paged.v[layer], paged.table, order, num_keys, commit_of, SIZE),
-    )
+
+    def attend(layer: int, q: Tensor, k: Tensor | None, v: Tensor | None) -> Tensor:
+        return item_attention(q, paged.k[layer], paged.v[layer], paged.table, order, num_keys, commit_of, SIZE)
+
+    got = paged.run(tokens.int(), positions, entries, attend)
     rows = [*range(SIZE), *range(2 * SIZE, 4 * SIZE)]
     want = torch.cat([want_b[second:], want_a[first:], want_a[first - SIZE : first]])
     torch.testing.assert_close(got[rows], want, rtol=1e-5, atol=2e-5)
+    some = [2, 9, 2, 14]  # in any order, one twice, as places that nobody needs are filled
+    torch.testing.assert_close(
+        paged.run(tokens.int(), positions, entries, attend, rows=ints(*some)), got[some], rtol=1e-5, atol=2e-5
+    )
     changed = (paged.k != before).flatten(2).any(2).any(0).nonzero().squeeze(1)
     assert sorted(changed.tolist()) == sorted(entries[entries >= 0].tolist())
 
