@@ -54,11 +54,12 @@ class Ended:
         return self.err.strip().splitlines()[-1]
 
 
-def start(project: Path, phase: str | None = None, how: str = "kill", step: int = 1) -> Ended:
+def start(project: Path, phase: str | None = None, how: str = "kill", step: int = 1, gpus: str = "") -> Ended:
     marker = Path(f"{project}.{phase}.{how}.{step}")
     fault = {"KILL_AT": f"{PHASES[phase]}:{step}", "KILL_BY": how, "KILL_RANK": "1", "KILL_MARKER": str(marker)} if phase else {}
+    environment = clean_environment(CUDA_VISIBLE_DEVICES=gpus, **fault)
     line = [sys.executable, "rl.py", f"experiment.project={project}", *(f"{key}={value}" for key, value in SETTINGS.items())]
-    job = subprocess.run(line, cwd=ROOT, env=clean_environment(**fault), capture_output=True, text=True, timeout=240)
+    job = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
     assert marker.exists() == bool(phase), job.stderr
     return Ended(job.returncode, job.stderr, time.time() - marker.stat().st_mtime if phase else 0.0)
 
@@ -117,11 +118,11 @@ def test_every_fault_in_every_phase(unbroken, tmp_path, phase, how):
 def test_a_gpu_that_is_really_full(tmp_path):
     """Not an error that a test made up: what fails is whatever asks for memory behind the reward, the update's first tensor."""
     project = tmp_path / "run"
-    ended = start(project, "reward", "full", 2)
+    ended = start(project, "reward", "full", 2, gpus="0,1")
     print(f"{ended.seconds:.1f} s until the job was over: {ended.last_line}")
     assert_ended_with_its_cause(ended, "full")
     assert " more were wanted)" in ended.last_line
-    ended = start(project)
+    ended = start(project, gpus="0,1")
     assert ended.code == 0, ended.err
     assert [row["step"] for row in read_metrics(project)] == [1, 2]
 
