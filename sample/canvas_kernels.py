@@ -45,7 +45,7 @@ class KernelCanvasGeneration(CanvasGeneration):
         return self.forwards.packed(tokens, numbers, canvas_attention(group_items(items, tokens.device), self.cache))
 
     def draw(self, hidden: Tensor, keys: Tensor) -> Draws:
-        def draw_some(rows: Tensor, keys: Tensor) -> Draws:
+        def draw_some(rows: Tensor, keys: Tensor, first: int) -> Draws:
             return draw_rows(self.decoder.lm_head(rows, head_logits), keys, self.settings, self.is_forbidden)
 
         draws = in_parts(draw_some, hidden, keys, self.decoder.config.vocab_size)

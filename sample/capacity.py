@@ -8,18 +8,18 @@ start together come apart in this way, until every step commits about as many bl
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 ALL_FIT = 128
 """Rows of a forward up to which its time is that of reading the weights: there is place for every commit and every masked row."""
 HEAD_ROWS = 64
 """Head rows are rounded up to a multiple of it."""
-LOGITS = 2**29
-"""Entries of the largest [head rows, vocabulary] tensor: 2 GiB."""
 MEMORY = 1 / 16
 """Weight of the newest step in the averages."""
-SLACK = 0.03
-"""Share of the average number of commits that may be missing: waiting costs less than another tile of rows."""
+ROWS_OF_WEIGHTS, ROWS_OF_ATTENTION = 256, 2
+"""Rows of a forward that take the time of reading the weights, and of an item's attention: roughly those of 4B and 8B models, with
+contexts of 1,000, on an H200."""
 HEAD_MARGIN = 1.05
 """Head rows cost little: a step has so many times the average."""
 
@@ -39,9 +39,22 @@ def whole_rows(num_rows: int) -> int:
     return -(-num_rows // step) * step
 
 
-def most_head_rows(num_items: int, block_size: int, vocab_size: int) -> int:
-    """Of a forward of so many items: all their rows, or what the logits may have."""
-    return min(num_items * block_size, max(block_size, LOGITS // vocab_size))
+def commit_capacity(num_items: int, block_size: int, needed: float) -> int:
+    """Places for commit items beside n denoising ones, where `needed` are needed on average.
+
+    As many as go into the next whole number of rows; or, where most of these would only pad, into the one below: with c places
+    min(1, c / needed) of the work gets done, in a time that goes with the rows, (n + c) * B, and the attention of n items.
+    """
+
+    def rate(commits: int) -> float:
+        time = max(ROWS_OF_WEIGHTS, (num_items + commits) * block_size) + ROWS_OF_ATTENTION * num_items
+        return min(1.0, commits / needed) / time
+
+    places = lambda rows: min(num_items, rows // block_size - num_items)  # noqa: E731
+    enough = whole_rows(math.ceil((num_items + min(needed, num_items)) * block_size))
+    fewer = max(rows for rows in (0, *(enough - step for step in (32, 64, 128))) if whole_rows(rows) == rows)
+    candidates = [places(rows) for rows in (enough, fewer) if places(rows) >= 1]
+    return max(candidates, key=rate, default=1)
 
 
 @dataclass
@@ -56,8 +69,8 @@ class Capacity:
 class Demand:
     """What recent steps needed, per item that ran."""
 
-    def __init__(self, block_size: int, num_steps: int, vocab_size: int) -> None:
-        self.block_size, self.vocab_size = block_size, vocab_size
+    def __init__(self, block_size: int, num_steps: int) -> None:
+        self.block_size = block_size
         # Until something is known: a block takes its scheduled steps, and half of it is masked on average.
         self.commits = 1 / min(num_steps, block_size)
         self.masked = (block_size + 1) / 2
@@ -75,12 +88,7 @@ class Demand:
     def capacity(self, num_active: int) -> Capacity:
         """For a forward of `num_active` >= 1 sequences."""
         size, n = self.block_size, item_bucket(num_active)
-        most_head = most_head_rows(n, size, self.vocab_size)
         if 2 * n * size <= ALL_FIT:
-            return Capacity(n, n, most_head)
-        # Eighths of the places, then whatever else there is place for in rows that cost nothing.
-        eighth = -(-n // 8)
-        wanted = -(-max(1, round((1 - SLACK) * self.commits * num_active)) // eighth) * eighth
-        commits = max(1, min(n, whole_rows((n + wanted) * size) // size - n))
+            return Capacity(n, n, n * size)
         head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // HEAD_ROWS) * HEAD_ROWS
-        return Capacity(n, commits, max(size, min(head, most_head)))
+        return Capacity(n, commit_capacity(n, size, self.commits * num_active), max(size, min(head, n * size)))

@@ -29,7 +29,7 @@ from models.decoder import Decoder
 from models.family import Family
 from sample import pages
 from sample.block import check_family, whole_length
-from sample.capacity import Demand, item_bucket, most_head_rows
+from sample.capacity import Demand, item_bucket
 from sample.cuda_graphs import CudaGraphs
 from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.fused_forward import fused_forward
@@ -43,10 +43,13 @@ from sample.paged_cache import PagedCache, to_device
 from sample.paged_state import DeviceState, StateSizes
 from sample.pages import PAGE, Pages, PromptPages, pages_of
 from sample.queue import Unit, WorkQueue
+from sample.sampling import Draws, in_parts
 from sample.slots import DONE, RAN, STALLED, Plan
 
 PREFILL_TOKENS = 16_384
 """Of one prefill forward, unless a single prompt is longer."""
+LOGITS = 2**29
+"""Entries of the logits that are there at a time: 2 GiB."""
 SORT_EVERY = 32
 """Steps after which the items are put in order of length again, should nothing else have changed."""
 
@@ -116,7 +119,7 @@ class PagedBlockEngine(Engine):
         self.captured_over = addresses
         # Beside the cache: a prefill's widest activations; and float32 logits, of which torch's own sampling makes several copies.
         wide = 6 * config.intermediate_size + 4 * config.num_heads * config.head_dim + 8 * config.hidden_size
-        logits = most_head_rows(sizes.num_slots, settings.block_size, config.vocab_size) * config.vocab_size * 4
+        logits = min(LOGITS, sizes.num_slots * settings.block_size * config.vocab_size) * 4
         copies = 2 if kernel_target(settings) is not None else 6
         self.cache.take(wanted, 1 + needs[0], PREFILL_TOKENS * wide * dtype.itemsize + copies * logits)
         self.num_pages = min(wanted, self.cache.num_pages)
@@ -143,7 +146,7 @@ class Generation:
         self.statistics = engine.statistics
         self.graph_settings = graph_settings(settings)
         self.constants = self.state.constants_of(self.graph_settings, self.decoder.config.vocab_size)
-        self.demand = Demand(settings.block_size, settings.num_steps, self.decoder.config.vocab_size)
+        self.demand = Demand(settings.block_size, settings.num_steps)
         self.rollouts: dict[tuple[int, int], Rollout] = {}  # by (request, sample)
 
         self.pages = Pages(engine.num_pages)
@@ -160,6 +163,7 @@ class Generation:
 
         self.order = np.zeros(0, dtype=np.int64)  # slots, as on the device
         self.order_age: int | None = None  # steps since it was made; None: make a new one
+        self.stalled = np.zeros(num_slots, dtype=bool)  # in the newest step that was read
         self.launched: deque[np.ndarray] = deque()  # the orders of the steps that have not been read
         self.num_launched = 0
         self.state.slots.clear()  # also of what an interrupted call has left
@@ -286,9 +290,10 @@ class Generation:
         self.num_launched += 1
 
     def _sort(self) -> None:
-        """Items in order of length, the longest first: the programs that take longest start first."""
+        """Items in order of length, the longest first: the programs that take longest start first. Before them those that found no
+        place: it is given away in this order, and nobody is to wait for long."""
         slots = np.array([slot for slot, who in enumerate(self.occupant) if who is not None])
-        self.order = slots[np.argsort(-self.start[slots], kind="stable")]
+        self.order = slots[np.lexsort((-self.start[slots], ~self.stalled[slots]))]
         padded = np.full(len(self.state.order), -1, dtype=np.int32)
         padded[: len(slots)] = self.order
         self.state.order.copy_(self._to_device(torch.from_numpy(padded)))
@@ -317,8 +322,13 @@ class Generation:
             self.decoder, plan.row_tokens, plan.positions, plan.entries, self.cache.k, self.cache.v, state.rotary, attend,
             rows=plan.head_rows,
         )  # fmt: skip
-        logits = self.decoder.lm_head(hidden, head_logits)  # [h, V]
-        draws = draw_rows(logits, plan.row_keys, self.graph_settings, self.constants.forbidden, plan.num_head)
+
+        def draw_some(rows: Tensor, keys: Tensor, first: int) -> Draws:
+            logits = self.decoder.lm_head(rows, head_logits)
+            num_rows = plan.num_head - first if first else plan.num_head
+            return draw_rows(logits, keys, self.graph_settings, self.constants.forbidden, num_rows)
+
+        draws = in_parts(draw_some, hidden, plan.row_keys, self.decoder.config.vocab_size, LOGITS)
         status = state.status[: plan.num_items]
         reveal_and_advance(state.slots, plan, draws, self.constants, self.graph_settings, state.results, status)
 
@@ -341,7 +351,11 @@ class Generation:
         self.statistics.sequence_forwards += num_ran
         self.statistics.commit_items += num_commits
         self.statistics.tokens += int(revealed[ran].sum())
-        self.statistics.stalled += int((what == STALLED).sum())
+        stalled = order[what == STALLED]
+        self.statistics.stalled += len(stalled)
+        if len(stalled) or self.stalled.any():
+            self.stalled = np.isin(np.arange(len(self.stalled)), stalled)
+            self.order_age = None
         self.demand.observe(num_ran, num_commits, int(masked[ran].sum()))
         self.commit[slots] = commit[ran]
         self.start[slots] += commit[ran] * self.settings.block_size

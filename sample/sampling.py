@@ -102,16 +102,24 @@ def draw(logits: Tensor, keys: Tensor, s: SamplingSettings) -> Draws:
 def draw_rows(decoder: Decoder, hidden: Tensor, keys: Tensor, s: SamplingSettings, forbidden: Tensor | None) -> Draws:
     """One token per row of `hidden` [M, D]. `keys` as of `draw`; `forbidden` int64: ids without probability."""
 
-    def draw_some(rows: Tensor, keys: Tensor) -> Draws:
+    def draw_some(rows: Tensor, keys: Tensor, first: int) -> Draws:
         return draw(decoder.lm_head(rows, lambda x, weight: scaled_logits(x, weight, s.logits_temperature, forbidden)), keys, s)
 
     return in_parts(draw_some, hidden, keys, decoder.config.vocab_size)
 
 
-def in_parts(draw_some: Callable[[Tensor, Tensor], Draws], hidden: Tensor, keys: Tensor, vocab_size: int) -> Draws:
-    """`draw_some` of so many rows of hidden [M, D] and keys [M, 2] at a time that their logits stay small."""
-    at_a_time = max(1, LOGITS_AT_A_TIME // vocab_size)
-    parts = [draw_some(*some) for some in zip(hidden.split(at_a_time), keys.split(at_a_time))]
+def in_parts(
+    draw_some: Callable[[Tensor, Tensor, int], Draws],
+    hidden: Tensor,
+    keys: Tensor,
+    vocab_size: int,
+    logits_at_a_time: int | None = None,
+) -> Draws:
+    """`draw_some` of so many rows of hidden [M, D] and keys [M, 2] at a time that their logits stay small; it is also told the
+    number of its first row."""
+    at_a_time = max(1, (logits_at_a_time or LOGITS_AT_A_TIME) // vocab_size)
+    firsts = range(0, len(hidden), at_a_time)
+    parts = [draw_some(*some) for some in zip(hidden.split(at_a_time), keys.split(at_a_time), firsts)]
     if len(parts) == 1:
         return parts[0]
     return Draws(*(torch.cat([getattr(part, name) for part in parts]) for name in Draws.__annotations__))

@@ -9,7 +9,7 @@ ENOUGH_IN_FLIGHT = 128
 """Sequences of a block model: twice as many gave 4% to 7% more tokens/s on an H200 (docs/results.md), not worth moving things."""
 PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
 MEMORY_SHARE, ROWS_AT_A_TIME = 0.9, 32_768
-"""Of the engines, in sample/: pages.py, paged_block.py, capacity.py, paged_state.py, canvas_cache.py; paged_cache.py,
+"""Of the engines, in sample/: pages.py, paged_block.py (two), paged_state.py, canvas_cache.py; paged_cache.py,
 canvas_cache.py. The rooms do not import each other; a test holds these equal."""
 
 

@@ -21,7 +21,7 @@ from models.lora import LoRA, attach
 from models.lora_targets import resolve_targets
 from models.registry import FAMILIES
 from models.tiny import build_tiny
-from sample import canvas_cache, capacity, kv_cache, paged_block, paged_cache, paged_state, pages
+from sample import canvas_cache, kv_cache, paged_block, paged_cache, paged_state, pages
 from tests.distributed.harness import ROOT, clean_environment
 from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
@@ -148,7 +148,7 @@ def test_constants_of_the_other_rooms():
     assert memory_engine.PAGE == pages.PAGE
     assert memory_engine.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
     assert memory_engine.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
-    assert memory_engine.LOGITS == capacity.LOGITS
+    assert memory_engine.LOGITS == paged_block.LOGITS
     assert memory_engine.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
     assert memory_engine.ROWS_AT_A_TIME == canvas_cache.ROWS_AT_A_TIME
     assert memory_engine.MEMORY_SHARE == paged_cache.MEMORY_SHARE == kv_cache.MEMORY_SHARE
