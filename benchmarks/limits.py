@@ -9,6 +9,7 @@ longer (only canvases without a cache). Everything else (norms, sampling, gaps) 
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass
 from typing import Callable
@@ -112,6 +113,44 @@ def block_work(config: DecoderConfig, active: int, context: float, reveal: int, 
     commit of sample/block.py); the head runs where a token is still masked.
     """
     num_steps = -(-block_size // reveal)
-    masked = sum(block_size - step * reveal for step in range(num_steps)) / num_steps
-    rows, tokens = block_size * (1 + 1 / num_steps), block_size / num_steps
-    return forward_work(config, active, rows, masked, context, tokens, itemsize)
+    masked = sum(block_size - step * reveal for step in range(num_steps))
+    return _block_work(config, active, context, num_steps, masked, block_size, itemsize)
+
+
+def random_block_work(
+    config: DecoderConfig, active: int, context: float, chance: float, block_size: int, itemsize: int = 2
+) -> Work:
+    """`block_work` where a forward reveals each masked token with `chance`, and one in any case."""
+    return _block_work(config, active, context, *random_block(block_size, chance), block_size, itemsize)
+
+
+def random_block(block_size: int, chance: float) -> tuple[float, float]:
+    """(forwards that a block takes, masked tokens summed over them), on average.
+
+    With m masked tokens, k of them are revealed with P(k) = C(m, k) p^k (1-p)^(m-k), and one where that is none:
+    F(m) = 1 + P(0) F(m-1) + sum_k P(k) F(m-k), and likewise the masked tokens, with m in place of 1.
+    """
+    forwards, masked = [0.0], [0.0]
+    for m in range(1, block_size + 1):
+        share = [math.comb(m, k) * chance**k * (1 - chance) ** (m - k) for k in range(m + 1)]
+        share[1] += share[0]
+        forwards.append(1 + sum(share[k] * forwards[m - k] for k in range(1, m + 1)))
+        masked.append(m + sum(share[k] * masked[m - k] for k in range(1, m + 1)))
+    return forwards[-1], masked[-1]
+
+
+def chance_of(block_size: int, reveal: float) -> float:
+    """The chance with which a forward reveals so many tokens on average, by halving: more the larger it is."""
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        chance = (low + high) / 2
+        low, high = (chance, high) if block_size / random_block(block_size, chance)[0] < reveal else (low, chance)
+    return (low + high) / 2
+
+
+def _block_work(
+    config: DecoderConfig, active: int, context: float, forwards: float, masked: float, block_size: int, itemsize: int
+) -> Work:
+    """Of a forward, blocks taking `forwards` of them, with `masked` masked tokens in all."""
+    rows, tokens = block_size * (1 + 1 / forwards), block_size / forwards
+    return forward_work(config, active, rows, masked / forwards, context, tokens, itemsize)

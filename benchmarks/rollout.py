@@ -12,8 +12,12 @@ Random weights of the published shape, made on the device; they never say a stop
 - Steady state (the default): `--active` sequences in flight in every forward, all near `--context` tokens, `--reveal` tokens a
   forward and sequence; nobody comes or goes. The clock runs over `--steps` forwards behind a warm-up. The sequences stand at
   different places of their blocks, so that finished blocks come evenly.
+- `--strategy dynamic`: not a fixed number of tokens a forward, but each masked token with the chance that gives `--reveal` on
+  average (low_confidence_dynamic over random scores): how many blocks are finished and how many rows masked then changes from
+  forward to forward.
 - `--realistic`: behind the steady run, 64 prompts of 50 to 400 tokens, 16 responses each, of lognormal lengths up to 2,000. The
-  rate is that from the start, prefill included, until a tenth of the responses is left.
+  rate is that from the start, prefill included, until a tenth of the responses is left. Beside it the limit for `--active`
+  sequences of the mean context that these responses have.
 - `--startup`: seconds from the start of a process to its first tokens, with an empty cache of compiled kernels and with a full one.
 - Full attention (canvases): 256 new tokens in blocks of 32 behind a prompt of 200, with every cache (benchmarks/canvas_rollout.py).
 
@@ -40,10 +44,11 @@ import torch
 
 from benchmarks.canvas_rollout import run_canvas
 from benchmarks.kernel_times import summarize
-from benchmarks.limits import Ceilings, block_work, measure_ceilings
+from benchmarks.limits import Ceilings, Work, block_work, chance_of, measure_ceilings, random_block_work
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, random_decoder
 from benchmarks.step_clock import Clock
 from models.decoder import Decoder
+from models.family import DecoderConfig
 from sample.engine import Engine, Request, SamplingSettings, build_engine
 
 WARM_UP = 16
@@ -56,17 +61,15 @@ NUM_PROMPTS, NUM_SAMPLES, LONGEST = 64, 16, 2000
 # ----------------------------------------------------------------------------------------------------------- what is sampled
 
 
-def settings_of(shape: str, max_tokens: int, reveal: int) -> SamplingSettings:
-    """Static decoding of `reveal` tokens a forward, at temperature 1, without stop tokens."""
+def settings_of(shape: str, max_tokens: int, reveal: int, strategy: str = "static") -> SamplingSettings:
+    """Decoding of `reveal` tokens a forward, static or, on average, dynamic; at temperature 1, without stop tokens."""
     mask_id = mask_id_of(shape)
     forbidden = tuple(range(mask_id, SHAPES[shape].vocab_size))  # the mask, and ids beyond the tokenizer
-    return SamplingSettings(
-        max_tokens=max_tokens,
-        mask_id=mask_id,
-        forbidden_ids=forbidden,
-        block_size=BLOCK_SIZE,
-        steps_per_block=-(-BLOCK_SIZE // reveal),
-    )
+    common = dict(max_tokens=max_tokens, mask_id=mask_id, forbidden_ids=forbidden, block_size=BLOCK_SIZE)
+    if strategy == "static":
+        return SamplingSettings(steps_per_block=-(-BLOCK_SIZE // reveal), **common)
+    threshold = 1 - chance_of(BLOCK_SIZE, reveal)
+    return SamplingSettings(strategy="low_confidence_dynamic", target="random", threshold=threshold, **common)
 
 
 def steady_requests(shape: str, active: int, prompt: int) -> list[Request]:
@@ -91,7 +94,15 @@ def realistic_requests(shape: str, seed: int = 0, shrink: int = 1) -> list[Reque
 
 
 def measure_steady(
-    engine: Engine, shape: str, active: int, context: int, reveal: int, steps: int, profiled_steps: int, warm: bool
+    engine: Engine,
+    shape: str,
+    active: int,
+    context: int,
+    reveal: int,
+    steps: int,
+    profiled_steps: int,
+    warm: bool,
+    strategy: str = "static",
 ) -> dict[str, Any]:
     """Rates of `engine` over `steps` full steps around `context`, and where the time of `profiled_steps` behind them went.
 
@@ -99,7 +110,8 @@ def measure_steady(
     """
     last = WARM_UP + steps
     # A margin behind the measured steps: what the engine reports may be a step late, and the first blocks are shorter.
-    settings = settings_of(shape, (last + profiled_steps + 2 * BLOCK_SIZE) * reveal, reveal)
+    most_tokens = (last + profiled_steps + 2 * BLOCK_SIZE) * reveal
+    settings = settings_of(shape, most_tokens if strategy == "static" else most_tokens * 5 // 4, reveal, strategy)
     prompt = context - (WARM_UP + steps // 2) * reveal
     if prompt < 1:
         raise SystemExit(f"--context {context}: {steps} steps of {reveal} tokens need a longer one, or fewer --steps")
@@ -118,10 +130,12 @@ def measure_steady(
     return result
 
 
-def measure_realistic(engine: Engine, shape: str, reveal: int, shrink: int, warm: bool) -> dict[str, Any]:
+def measure_realistic(
+    engine: Engine, shape: str, reveal: int, shrink: int, warm: bool, strategy: str = "static"
+) -> dict[str, Any]:
     """Rates of the realistic run: from its start until a tenth of the responses is left, and of the whole."""
     requests = realistic_requests(shape, shrink=shrink)
-    settings = settings_of(shape, LONGEST, reveal)
+    settings = settings_of(shape, LONGEST, reveal, strategy)
     num_sequences = NUM_PROMPTS * NUM_SAMPLES
     if warm:
         engine.generate(realistic_requests(shape, shrink=16 * shrink), settings)
@@ -130,10 +144,13 @@ def measure_realistic(engine: Engine, shape: str, reveal: int, shrink: int, warm
     until = next(n for n, (finished, *_) in enumerate(clock.counts) if finished >= 0.9 * num_sequences)
     seconds, (_, tokens, forwards) = clock.times[until] - clock.started, clock.counts[until]
     lengths = [length for request in requests for length in request.max_tokens]
+    # A response of n tokens behind a prompt of p is in n / reveal forwards, in which it sees p + n/2 on average.
+    seen = [(len(request.prompt_ids) + length / 2, length) for request in requests for length in request.max_tokens]
     return {
         "mean_response": float(np.mean(lengths)),
         "longest_response": max(lengths),
         "mean_prompt": float(np.mean([len(request.prompt_ids) for request in requests])),
+        "mean_context": sum(context * length for context, length in seen) / sum(lengths),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "mean_active": forwards / (until + 1),
@@ -145,6 +162,14 @@ def measure_realistic(engine: Engine, shape: str, reveal: int, shrink: int, warm
 
 
 # -------------------------------------------------------------------------------------------------------------- the runs
+
+
+def work_of(config: DecoderConfig, setting: dict[str, Any], context: float, itemsize: int) -> Work:
+    """Of an average forward of the setting, around `context`."""
+    active, reveal = setting["active"], setting["reveal"]
+    if setting["strategy"] == "static":
+        return block_work(config, active, context, reveal, BLOCK_SIZE, itemsize)
+    return random_block_work(config, active, context, chance_of(BLOCK_SIZE, reveal), BLOCK_SIZE, itemsize)
 
 
 def run_block(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[dict[str, Any]]:
@@ -160,34 +185,34 @@ def run_block(arguments: Any, decoder: Decoder, ceilings: Ceilings) -> Iterator[
             for reveal in arguments.reveal:
                 profiled = 0 if device.type != "cuda" else min(8, steps) if eager else 200 if arguments.profile else 50
                 steady = measure_steady(
-                    engine, arguments.shape, active, arguments.context, reveal, steps, profiled, warm=kind != "torch"
+                    *(engine, arguments.shape, active, arguments.context, reveal, steps, profiled),
+                    warm=kind != "torch",
+                    strategy=arguments.strategy,
                 )
-                work = block_work(decoder.config, active, arguments.context, reveal, BLOCK_SIZE, itemsize)
-                result = {
-                    "run": "steady",
+                setting = {
                     "shape": arguments.shape,
                     "engine": kind,
                     "active": active,
-                    "context": arguments.context,
+                    "strategy": arguments.strategy,
                     "reveal": reveal,
-                    **steady,
-                    "limit_tokens_per_second": work.tokens_per_second(ceilings),
-                    "share_of_limit": steady["tokens_per_second"] / work.tokens_per_second(ceilings),
                 }
+
+                def against_limit(run: dict[str, Any], context: float, setting: dict[str, Any] = setting) -> dict[str, float]:
+                    work = work_of(decoder.config, setting, context, itemsize)
+                    limit = work.tokens_per_second(ceilings)
+                    return {"limit_tokens_per_second": limit, "share_of_limit": run["tokens_per_second"] / limit}
+
+                result = {"run": "steady", **setting, "context": arguments.context, **steady}
+                result |= against_limit(steady, arguments.context)
                 if not arguments.profile and "split" in result:
                     del result["split"]["longest_kernels"]
                 yield result
                 if arguments.realistic and not eager:
-                    shown = measure_realistic(engine, arguments.shape, reveal, arguments.shrink, warm=kind != "torch")
+                    shown = measure_realistic(
+                        engine, arguments.shape, reveal, arguments.shrink, warm=kind != "torch", strategy=arguments.strategy
+                    )
                     shown["share_of_steady"] = shown["tokens_per_second"] / steady["tokens_per_second"]
-                    yield {
-                        "run": "realistic",
-                        "shape": arguments.shape,
-                        "engine": kind,
-                        "active": active,
-                        "reveal": reveal,
-                        **shown,
-                    }
+                    yield {"run": "realistic", **setting, **shown, **against_limit(shown, shown["mean_context"])}
             engine.release()
             del engine
             gc.collect()
@@ -247,7 +272,7 @@ def run_startup(arguments: Any, argv: list[str]) -> Iterator[dict[str, Any]]:
 def line(result: dict[str, Any]) -> str:
     """A result in one line."""
     words = [result["run"], result["shape"], result["engine"], f"{result['active']} active"]
-    words += [f"reveal {result['reveal']}"] if "reveal" in result else []
+    words += [f"{result.get('strategy', '')} reveal {result['reveal']}".strip()] if "reveal" in result else []
     words += [str(result[key]) for key in ("cache", "kernel_cache") if key in result]
     if "tokens_per_second" in result:
         words.append(f"{result['tokens_per_second']:,.0f} tokens/s")
@@ -281,6 +306,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--active", type=integers, help="sequences in flight, several by commas (128; full attention 1,32)")
     parser.add_argument("--context", type=int, default=1000, help="tokens that a sequence sees, on average")
     parser.add_argument("--reveal", type=integers, default=[1], help="tokens a forward, several by commas")
+    parser.add_argument("--strategy", default="static", choices=["static", "dynamic"], help="of block models")
     parser.add_argument("--steps", type=int, default=200, help="forwards that are timed")
     parser.add_argument(
         "--eager-steps", type=int, default=16, help="of the torch engine beside another (canvases: all); 0: leave it out"
@@ -318,6 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         run = run_block if family_of(arguments.shape).attention == "block" else run_canvas
         results = run(arguments, decoder, ceilings)
     for result in results:
+        result |= {"ceilings": report["ceilings"]} if "ceilings" in report else {}  # rows of other runs may be put beside it
         report["results"].append(result)
         print(line(result), flush=True)
         if arguments.out is not None:  # after each: a run that is cut short leaves what it has

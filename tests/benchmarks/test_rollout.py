@@ -13,7 +13,15 @@ import torch
 
 from benchmarks import canvas_rollout, canvas_update, rollout
 from benchmarks.kernel_times import covered, group_of, summarize
-from benchmarks.limits import Ceilings, Work, block_work, cache_bytes_per_token
+from benchmarks.limits import (
+    Ceilings,
+    Work,
+    block_work,
+    cache_bytes_per_token,
+    chance_of,
+    random_block,
+    random_block_work,
+)
 from benchmarks.shapes import SHAPES, random_decoder
 from models.registry import FAMILIES
 from sample.canvas_kernels import KernelCanvasEngine
@@ -45,6 +53,16 @@ def test_the_work_of_a_forward_by_hand():
     assert (two.rows, two.head_rows, two.tokens) == (768, 384, 256)
     three = block_work(SHAPES["sdar-4b"], 1, 1000, 3, 4)  # 3 tokens, then 1
     assert (three.rows, three.head_rows, three.tokens) == (6, 2.5, 2)
+
+
+def test_random_reveals_by_hand():
+    """A block of two: its first forward reveals both with p^2, so it takes 1 + (1 - p^2) forwards, with 2 and 1 masked tokens."""
+    assert random_block(2, 0.6) == (pytest.approx(1.64), pytest.approx(2.64))
+    assert random_block(4, 0.0) == (4, 4 + 3 + 2 + 1) and random_block(4, 1.0) == (1, 4)  # one token a forward; all at once
+    for size, reveal in [(4, 2), (4, 1.2), (32, 3)]:
+        assert size / random_block(size, chance_of(size, reveal))[0] == pytest.approx(reveal)
+    static, random = block_work(SHAPES["sdar-4b"], 128, 1000, 4, 4), random_block_work(SHAPES["sdar-4b"], 128, 1000, 1.0, 4)
+    assert random == static  # a block a forward
 
 
 @pytest.mark.parametrize(
@@ -133,6 +151,13 @@ def test_the_steady_window_is_full_and_counts_its_tokens(kind: str):
         rollout.measure_steady(engine, "tiny", 4, context=30, reveal=2, steps=8, profiled_steps=0, warm=False)
 
 
+def test_dynamic_decoding_reveals_as_many_on_average():
+    decoder = random_decoder("tiny", 1, torch.float32, torch.device("cpu"))
+    engine = build_engine(decoder, FAMILIES.get("sdar"), 64, "torch")
+    result = rollout.measure_steady(engine, "tiny", 64, 140, 2, steps=40, profiled_steps=0, warm=False, strategy="dynamic")
+    assert result["mean_active"] == 64 and result["tokens_per_forward"] == pytest.approx(2, rel=0.02)
+
+
 def test_the_command(tmp_path: Any, capsys: Any):
     out = tmp_path / "r.json"
     options = ["--shape", "tiny", "--device", "cpu", "--engine", "torch", "--active", "1,2", "--context", "44", "--steps", "4"]
@@ -150,12 +175,15 @@ def test_the_command(tmp_path: Any, capsys: Any):
 def test_the_realistic_run(capsys: Any):
     options = ["--shape", "tiny", "--device", "cpu", "--engine", "torch", "--active", "128", "--context", "44", "--steps", "4"]
     rollout.main([*options, "--reveal", "2", "--realistic", "--shrink", "32"])
-    assert "of the steady rate" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "of the steady rate" in shown and shown.count("of the limit") == 2
     decoder = random_decoder("tiny", None, torch.float32, torch.device("cpu"))
     result = rollout.measure_realistic(build_engine(decoder, FAMILIES.get("sdar"), 128), "tiny", 2, 64, warm=False)
     requests = rollout.realistic_requests("tiny", shrink=64)
     tokens = sum(-(-(len(r.prompt_ids) + n) // 4) * 4 - len(r.prompt_ids) for r in requests for n in r.max_tokens)
     assert result["statistics"]["tokens"] == tokens, "a response ends at its own length"
+    contexts = [[len(r.prompt_ids) + step / 2 for step in range(2 * n)] for r in requests for n in r.max_tokens]
+    assert result["mean_context"] == pytest.approx(np.mean(np.concatenate(contexts)), abs=0.3)
     assert result["statistics"]["sequences"] == 1024 and result["seconds"] < result["whole_seconds"]
 
 
