@@ -528,6 +528,10 @@ class Logging:
 
     tensorboard: bool = False
     """Write event files to the run directory too."""
+    gap_responses: int = 4
+    """Responses of an RL step whose log-probs are computed once more along the steps of their sampling, for `gap/*` in the metrics,
+    where the update itself trains other slices (shrink, random masks, another block size); 0: none. Where it trains the sampled
+    ones, all of its tokens are compared."""
     gradient_norms_every: int | None = None
     """Every so many optimizer steps the norm of the gradient of every tensor of the checkpoint is written to gradient_norms.jsonl;
     null: never."""

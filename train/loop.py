@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from common import dist
 from models.checkpoint import Pretrained
 from models.row_length import TILE
+from train.gap import gap_measures
 from train.gradient_norms import GradientNorms
 from train.layout import Layout
-from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput, kl_estimate
+from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput
 from train.offload import HostCopy
 from train.optim import build_optimizer, learning_rate
 from train.packing import Document, Pack, assign, build_pack
@@ -66,12 +67,10 @@ class Tables:
     def diagnose(self, x: ObjectiveInput, outputs: tuple[Tensor, ...]) -> Measures:
         """Entropy, and how far engine and trainer log-probs are apart: rounding only, if what is trained is what was sampled."""
         measures = Measures({"entropy": outputs[1].sum()})
-        if self.engine_logprobs is not None and self.is_first:
-            gap = x.logprobs.detach() - x.engine_logprobs
-            measures.sums["gap/logprob_mean"] = gap.abs().sum()
-            measures.sums["gap/k3"] = kl_estimate(-gap, torch.zeros_like(gap), k3=True).sum()
-            measures.extremes["gap/logprob_max"] = gap.abs().max()
-        return measures
+        if self.engine_logprobs is None or not self.is_first:
+            return measures
+        gap = gap_measures(x.logprobs.detach(), x.engine_logprobs)
+        return Measures(measures.sums | gap.sums, gap.extremes)
 
 
 @dataclass

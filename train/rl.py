@@ -11,6 +11,7 @@ import numpy as np
 from common.errors import UserError
 from common.records import ScoredRollout
 from models.checkpoint import Pretrained
+from train.gap import SampledGap
 from train.loop import Tables, Trainer, merge_results
 from train.objectives import OBJECTIVES, kl_weights, token_weights
 from train.packing import Document, Predictions, draw_rows, number, rows_of_any, split_rows
@@ -58,6 +59,8 @@ class PolicyUpdate:
         if not method.fits("rl"):
             raise UserError(f"training.method: {config.training.method} is for {method.stage}, this is rl: choose TraceRL")
         self.is_sampled = method.is_sampled(config.training, config.rollout, self.layout.attention)
+        # Where the update's own slices say nothing of it.
+        self.gap = None if self.is_sampled or not config.logging.gap_responses else SampledGap(trainer, config, fill_id)
         self.objective = OBJECTIVES.get(config.training.objective or method.objective_of("rl"), "training.objective")
         self.reference: Policy | None = None
         if reference is not None:
@@ -97,9 +100,10 @@ class PolicyUpdate:
         # Whatever must be known before the first update changes the weights.
         trained = rows_of_any(documents, [drawn for drawn, _ in draws])
         tables = self.before_update(trained, predictions, rollouts, several=len(parts) > 1)
-        objective, critic, metrics = self.objective, None, {}
+        objective, critic, metrics = self.objective, None, {} if self.gap is None else self.gap(rollouts, step)
         if self.value is not None:
-            tables.advantages, critic, metrics = self.value.advantages(rollouts, self.responses(rollouts), documents, predictions)
+            tables.advantages, critic, own = self.value.advantages(rollouts, self.responses(rollouts), documents, predictions)
+            metrics |= own
             tables, objective = self.value.join(tables, critic, objective)
         longest = min(training.max_gen_length, max(r.num_response for r in rollouts))
         results, value_results = [], []

@@ -26,6 +26,7 @@ from tests.train.steps import (
     tiny_model,
 )
 from tests.train.test_rl import TEMPERATURE, forward
+from train import gap
 from train.layout import Layout
 from train.packing import build_pack, number
 from train.policy import Policy, policy_trainer
@@ -181,9 +182,42 @@ def test_the_gap_of_each_cache_is_measured(family, record_property):
         found[name] = metrics["gap/logprob_mean"]
         assert found[name] == pytest.approx(expected.mean(), abs=1e-5)
         assert metrics["gap/logprob_max"] == pytest.approx(expected.max(), abs=1e-5)
-    print(f"{family}: mean difference of log-probs, nats: {', '.join(f'{name} {gap:.1e}' for name, gap in found.items())}")
+    print(f"{family}: mean difference of log-probs, nats: {', '.join(f'{name} {value:.1e}' for name, value in found.items())}")
     record_property("gaps", found)
     assert found["none"] < TOLERANCE and min(found[name] for name in ("prefix", "horizon", "dual")) > 10 * TOLERANCE
+
+
+@pytest.mark.parametrize("family, cache", [("sdar", "none"), *itertools.product(FULL_ATTENTION, ("none", "dual"))])
+def test_the_gap_is_measured_whatever_is_trained(models, family, cache, monkeypatch):
+    """Joined steps, random masks, other blocks, a cut canvas: not the slices of sampling, and yet `gap/*` is of these."""
+    model = models(4, 0) if family == "sdar" else tiny_model(5, family)
+    own = {} if family == "sdar" else {"cache": cache}
+    rollouts = scored(
+        sample(model, requests_of_every_remainder(4, seed=3), block_size=4, max_tokens=12, temperature=TEMPERATURE, **own)
+    )
+    predictions, logprobs, _ = trained(model, rollouts, TEMPERATURE)
+    expected = np.abs(logprobs - gather_tokens([r.logprobs for r in rollouts], predictions))
+
+    def measured(*overrides: str) -> dict[str, float]:
+        config = rl_config("rollout.max_token=12", f"rollout.temperature={TEMPERATURE}", *overrides, family=family)
+        forget_accelerator()
+        update = PolicyUpdate(policy_trainer(model, config, dist.make_accelerator(config), TEMPERATURE), config, model.fill_id)
+        config.optimizer.params.policy_learning_rate = update.trainer.peak_rate = 0.0
+        return {name: value for name, value in update(rollouts, step=1).items() if name.startswith("gap/")}
+
+    several = {**(SLICES if family == "sdar" else CANVAS_SLICES), "TraceRL, joined": ["training.shrink=3"]}
+    several.pop("DiPO", None)  # which trains what was sampled
+    for name, overrides in several.items():
+        some = measured(*overrides)
+        assert 0 < some["gap/logprob_max"] <= expected.max() + 1e-5, name
+        with monkeypatch.context() as patch:
+            patch.setattr(gap, "ROWS", 1000)
+            found = measured(*overrides, "logging.gap_responses=100")
+        assert found["gap/logprob_mean"] == pytest.approx(expected.mean(), abs=1e-5), name
+        assert found["gap/logprob_max"] == pytest.approx(expected.max(), abs=1e-5), name
+        assert (found["gap/logprob_max"] < TOLERANCE) == (cache == "none"), name
+        assert not measured(*overrides, "logging.gap_responses=0")
+    forget_accelerator()
 
 
 @pytest.mark.parametrize("max_response", [1, 5, 9])
