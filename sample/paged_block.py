@@ -70,8 +70,9 @@ class PagedBlockEngine(Engine):
     def begin(
         self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
     ) -> Generation:
+        num_slots = min(num_slots, most_in_flight(settings.block_size))
         self._reserve(requests, settings, num_slots)
-        return Generation(self, requests, settings, weights_version, queue)
+        return Generation(self, requests, settings, weights_version, queue, num_slots)
 
     def release(self) -> None:
         if self.cache is not None:
@@ -122,6 +123,13 @@ class PagedBlockEngine(Engine):
         self.num_pages = min(wanted, self.cache.num_pages)
 
 
+def most_in_flight(block_size: int) -> int:
+    """Sequences of one step at most; what more there are wait in the queue. sample/kernels/plan.py counts items and rows in so many
+    bits of a number."""
+    most = min(2**11 - 1, (2**18 - 1) // block_size)
+    return next(n for n in range(most, 0, -1) if item_bucket(n) <= most)
+
+
 def graph_settings(settings: SamplingSettings) -> SamplingSettings:
     """What of the settings is in a graph: the rest comes with every sequence."""
     return dataclasses.replace(settings, seed=0, max_tokens=1)
@@ -137,6 +145,7 @@ class Generation:
         settings: SamplingSettings,
         weights_version: int,
         queue: WorkQueue,
+        num_slots: int,
     ) -> None:
         self.decoder, self.cache, self.state, self.graphs = engine.decoder, engine.cache, engine.device_state, engine.graphs
         self.requests, self.settings, self.weights_version, self.queue = requests, settings, weights_version, queue
@@ -147,7 +156,6 @@ class Generation:
         self.rollouts: dict[tuple[int, int], Rollout] = {}  # by (request, sample)
 
         self.pages = Pages(engine.num_pages)
-        num_slots = min(engine.max_active, queue.share)
         self.free_slots = list(range(num_slots))[::-1]
         self.free_rows = list(range(len(self.state.results.tokens)))[::-1]
         self.finished: list[tuple[tuple[int, int], int]] = []  # (request, sample), row of its results
