@@ -119,7 +119,9 @@ class PagedBlockEngine(Engine):
         wide = 6 * config.intermediate_size + 4 * config.num_heads * config.head_dim + 8 * config.hidden_size
         logits = most_head_rows(sizes.num_slots, settings.block_size, config.vocab_size) * config.vocab_size * 4
         copies = 2 if kernel_target(settings) is not None else 6
-        self.cache.take(wanted, 1 + needs[0], PREFILL_TOKENS * wide * dtype.itemsize + copies * logits)
+        longest_prompt = max(len(request.prompt_ids) for request, _ in samples) // settings.block_size * settings.block_size
+        prefill = max(PREFILL_TOKENS, longest_prompt) * wide * dtype.itemsize
+        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits)
         self.num_pages = min(wanted, self.cache.num_pages)
 
 

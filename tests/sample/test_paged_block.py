@@ -19,6 +19,7 @@ from sample.capacity import Capacity, Demand, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.kernels import plan
 from sample.paged_block import PagedBlockEngine
+from sample.paged_cache import PagedCache
 from sample.pages import PAGE, pages_of
 from sample.queue import ListQueue, Unit
 from sample.slots import Plan, Slots
@@ -140,6 +141,20 @@ def test_prefills_are_packed_up_to_the_budget(monkeypatch: pytest.MonkeyPatch) -
     engine = PagedBlockEngine(random_decoder(), SDAR)
     assert_equal_to_eager(engine, random_requests([13, 21, 8, 3, 61, 5]), settings())
     assert calls[::2] == [[12, 20, 8], [60], [4]]  # once per layer
+
+
+def test_memory_is_kept_free_for_the_largest_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of PREFILL_TOKENS, or of one longer prompt, which is computed in one forward."""
+    kept = []
+    take = PagedCache.take
+    monkeypatch.setattr(PagedCache, "take", lambda self, *args: kept.append(args[2]) or take(self, *args))
+    monkeypatch.setattr(paged_block, "PREFILL_TOKENS", 40)
+    engine = PagedBlockEngine(random_decoder(), SDAR)
+    for lengths in ([13, 38], [7, 61]):  # of the longest, 36 and 60 tokens are whole blocks
+        engine.generate(random_requests(lengths), settings(max_tokens=4))
+    row = 4 * (6 * 48 + 4 * 4 * 8 + 8 * 32)
+    logits = 2 * (2 * 4 * 24 * 4)  # two sequences, blocks of 4, 24 ids, float32
+    assert kept == [40 * row + logits, 60 * row + logits]
 
 
 def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
