@@ -146,6 +146,11 @@ class DeviceMemory:
             call("cuMemAddressReserve", byref(base), self.stride * num_regions, 0, 0, 0)
             self.base = base.value
 
+    @property
+    def num_bytes(self) -> int:
+        """Mapped now, of all regions."""
+        return len(self.mapped) * self.region_bytes
+
     def _whole(self, num_bytes: int) -> int:
         return -(-num_bytes // self.granularity) * self.granularity
 
