@@ -56,6 +56,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
         reward.overlong_margin reward.overlong_penalty_tokens
         training.post_num training.beta training.value_loss_weight training.seed training.lora.rank
+        logging.gap_responses
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
         optimizer.params.weight_decay
         lr_scheduler.params.learning_rate lr_scheduler.params.warmup_steps

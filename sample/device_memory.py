@@ -11,8 +11,12 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 from ctypes import POINTER, byref, c_char_p, c_int, c_size_t, c_ubyte, c_uint64, c_ushort, c_void_p
+from typing import Any, Iterator
 
 import torch
 from torch import Tensor
@@ -80,6 +84,26 @@ def call(name: str, *arguments: object) -> None:
         raise (torch.OutOfMemoryError if error == 2 else RuntimeError)(f"{name}: {(text.value or b'?').decode()} ({error})")
 
 
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """A Ctrl-C takes effect behind what is inside: none comes between what the driver does and the note of it.
+
+    Python's handler waits, not the signal: a mask is one thread's, and torch has others that would take it.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):  # no handler runs here
+        yield
+        return
+    came: list[tuple[Any, ...]] = []
+    signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
+
+
 class Mapped:
     """`__cuda_array_interface__` of mapped regions, for torch to make a tensor of, which keeps it, and so the memory, alive."""
 
@@ -111,11 +135,21 @@ class DeviceMemory:
         # Addresses for all the memory there is, whatever part of it the regions will have.
         total = torch.cuda.get_device_properties(self.device).total_memory
         self.stride = self._whole(total // num_regions + 1)
-        base = c_uint64()
-        call("cuMemAddressReserve", byref(base), self.stride * num_regions, 0, 0, 0)
-        self.base = base.value
         self.region_bytes = 0
-        """Mapped now, of every region."""
+        """Of every region that is mapped."""
+        self.mapped: list[int] = []
+        """Addresses of regions with memory behind them: all, or none but where the driver has failed."""
+        self.handles: list[c_uint64] = []
+        """Of memory that was created and not released: none but inside `take`, or where the driver has failed."""
+        base = c_uint64()
+        with interrupts_held_back():
+            call("cuMemAddressReserve", byref(base), self.stride * num_regions, 0, 0, 0)
+            self.base = base.value
+
+    @property
+    def num_bytes(self) -> int:
+        """Mapped now, of all regions."""
+        return len(self.mapped) * self.region_bytes
 
     def _whole(self, num_bytes: int) -> int:
         return -(-num_bytes // self.granularity) * self.granularity
@@ -123,48 +157,61 @@ class DeviceMemory:
     def take(self, region_bytes: int) -> Tensor:
         """Have that many bytes or a little more in every region: uint8 [num_regions, bytes], zeroed. What was there is lost.
 
-        Tensors of an earlier `take` must not be used any more. Raises torch.OutOfMemoryError.
+        Tensors of an earlier `take` must not be used any more. Raises torch.OutOfMemoryError: then no region has any.
         """
         self.give_back()
         size = self._whole(region_bytes)
         assert 0 < size <= self.stride
-        access = Access(self.properties.location, READ_WRITE)
-        mapped = []
-        try:
-            for n in range(self.num_regions):
-                address, handle = self.base + n * self.stride, c_uint64()
-                call("cuMemCreate", byref(handle), size, byref(self.properties), 0)
-                try:
-                    call("cuMemMap", address, size, 0, handle, 0)
-                finally:
-                    call("cuMemRelease", handle)  # mapped memory lives until it is unmapped
-                mapped.append(address)
-                call("cuMemSetAccess", address, size, byref(access), 1)
-        except BaseException:
-            for address in mapped:
-                call("cuMemUnmap", address, size)
-            raise
-        self.region_bytes = size
+        with interrupts_held_back():
+            self.region_bytes = size
+            try:
+                for n in range(self.num_regions):
+                    self._map(self.base + n * self.stride)
+            except BaseException:
+                self._unmap()
+                raise
         regions = torch.as_tensor(Mapped(self), device=self.device)
         for region in regions:  # each is contiguous: a memset
             region.zero_()
         return regions
 
+    def _map(self, address: int) -> None:
+        """Put memory behind one region's address. What the driver has done is noted before it is asked for more."""
+        handle, access = c_uint64(), Access(self.properties.location, READ_WRITE)
+        call("cuMemCreate", byref(handle), self.region_bytes, byref(self.properties), 0)
+        self.handles.append(handle)
+        call("cuMemMap", address, self.region_bytes, 0, handle, 0)
+        self.mapped.append(address)
+        self._release()  # mapped memory lives until it is unmapped
+        call("cuMemSetAccess", address, self.region_bytes, byref(access), 1)
+
+    def _release(self) -> None:
+        while self.handles:
+            call("cuMemRelease", self.handles[-1])
+            self.handles.pop()
+
+    def _unmap(self) -> None:
+        """Undo what is noted; where the driver fails, the rest stays noted for the next time."""
+        while self.mapped:
+            call("cuMemUnmap", self.mapped[-1], self.region_bytes)
+            self.mapped.pop()
+        self._release()
+        self.region_bytes = 0
+
     def give_back(self) -> None:
         """Give the memory, not the addresses, back to the driver."""
-        if not self.region_bytes:
-            return
-        torch.cuda.synchronize(self.device)
-        for n in range(self.num_regions):
-            call("cuMemUnmap", self.base + n * self.stride, self.region_bytes)
-        self.region_bytes = 0
+        if self.mapped or self.handles:
+            torch.cuda.synchronize(self.device)
+            with interrupts_held_back():
+                self._unmap()
 
     def close(self) -> None:
         """Give back the addresses as well."""
         if self.base:
             self.give_back()
-            call("cuMemAddressFree", self.base, self.stride * self.num_regions)
-            self.base = 0
+            with interrupts_held_back():
+                call("cuMemAddressFree", self.base, self.stride * self.num_regions)
+                self.base = 0
 
     def __del__(self) -> None:
         if getattr(self, "base", 0) and not sys.is_finalizing():  # at the end of the process the driver takes all

@@ -73,8 +73,9 @@ class PagedBlockEngine(Engine):
     def begin(
         self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
     ) -> Generation:
+        num_slots = min(num_slots, most_in_flight(settings.block_size))
         self._reserve(requests, settings, num_slots)
-        return Generation(self, requests, settings, weights_version, queue)
+        return Generation(self, requests, settings, weights_version, queue, num_slots)
 
     def release(self) -> None:
         if self.cache is not None:
@@ -121,8 +122,17 @@ class PagedBlockEngine(Engine):
         wide = 6 * config.intermediate_size + 4 * config.num_heads * config.head_dim + 8 * config.hidden_size
         logits = min(LOGITS, sizes.num_slots * settings.block_size * config.vocab_size) * 4
         copies = 2 if kernel_target(settings) is not None else 6
-        self.cache.take(wanted, 1 + needs[0], PREFILL_TOKENS * wide * dtype.itemsize + copies * logits)
+        longest_prompt = max(len(request.prompt_ids) for request, _ in samples) // settings.block_size * settings.block_size
+        prefill = max(PREFILL_TOKENS, longest_prompt) * wide * dtype.itemsize
+        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits)
         self.num_pages = min(wanted, self.cache.num_pages)
+
+
+def most_in_flight(block_size: int) -> int:
+    """Sequences of one step at most; what more there are wait in the queue. sample/kernels/plan.py counts items and rows in so many
+    bits of a number."""
+    most = min(2**11 - 1, (2**18 - 1) // block_size)
+    return next(n for n in range(most, 0, -1) if item_bucket(n) <= most)
 
 
 def graph_settings(settings: SamplingSettings) -> SamplingSettings:
@@ -140,6 +150,7 @@ class Generation:
         settings: SamplingSettings,
         weights_version: int,
         queue: WorkQueue,
+        num_slots: int,
     ) -> None:
         self.decoder, self.cache, self.state, self.graphs = engine.decoder, engine.cache, engine.device_state, engine.graphs
         self.requests, self.settings, self.weights_version, self.queue = requests, settings, weights_version, queue
@@ -150,7 +161,6 @@ class Generation:
         self.rollouts: dict[tuple[int, int], Rollout] = {}  # by (request, sample)
 
         self.pages = Pages(engine.num_pages)
-        num_slots = min(engine.max_active, queue.share)
         self.free_slots = list(range(num_slots))[::-1]
         self.free_rows = list(range(len(self.state.results.tokens)))[::-1]
         self.finished: list[tuple[tuple[int, int], int]] = []  # (request, sample), row of its results

@@ -55,7 +55,8 @@ class PagedCache:
         return (self.config, self.dtype, self.device) == (config, dtype, device)
 
     def take(self, wanted: int, least: int, reserve_bytes: int) -> None:
-        """Have `wanted` pages or as many as the free GPU memory allows; what is there already stays if it is enough.
+        """Have `wanted` pages or as many as the free GPU memory allows. What is there already stays if it is all that is wanted, or
+        if it is enough, no more would fit now, and beside it there is what forwards need; else it is lost.
 
         reserve_bytes: what forwards need beside the cache. Raises UserError where fewer than `least` fit.
         """
@@ -64,21 +65,23 @@ class PagedCache:
         if self.memory is None:
             self._use(torch.zeros(2 * self.config.num_layers, wanted, *self.page_shape, dtype=self.dtype, device=self.device))
             return
-        self.release()
         torch.cuda.empty_cache()  # what torch holds without using it is not the driver's to map
-        free, _ = torch.cuda.mem_get_info(self.device)
+        beside, _ = torch.cuda.mem_get_info(self.device)
+        free = beside + self.memory.num_bytes
         all_regions = 2 * self.config.num_layers * self.page_bytes
         fitting = max(0, int(min(MEMORY_SHARE * free, free - reserve_bytes))) // all_regions
         # Whole allocation units of a region: at most so many pages less than the memory has.
         fitting -= self.memory.granularity // self.page_bytes if fitting < wanted else 0
+        if self.num_pages >= max(least, fitting) and beside >= reserve_bytes:
+            return
         if fitting < least:
             raise UserError(
                 f"rollout.max_token: the keys and values of the longest sequence take {least * all_regions / GIB:.1f} GiB "
                 f"({least} pages of {PAGE} positions), and of {free / GIB:.1f} GiB free GPU memory the cache can have "
                 f"{max(0, fitting) * all_regions / GIB:.1f}: lower it, or use a GPU with more memory"
             )
-        count = min(wanted, fitting)
-        mapped = self.memory.take(count * self.page_bytes)  # uint8 [2L, bytes]
+        self.release()
+        mapped = self.memory.take(min(wanted, fitting) * self.page_bytes)  # uint8 [2L, bytes]
         count = mapped.shape[1] // self.page_bytes
         self._use(mapped[:, : count * self.page_bytes].view(self.dtype).unflatten(1, (count, *self.page_shape)))
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Some samples of one request: who samples them prefills its prompt once."""
+    """Some samples of one request, at least one: who samples them prefills its prompt once."""
 
     request: int
     """Index into the list of requests."""
@@ -42,7 +42,8 @@ class ListQueue:
     """All samples of all requests, in their order."""
 
     def __init__(self, requests: list[Request]) -> None:
-        self._left = deque(Unit(index, range(request.num_samples)) for index, request in enumerate(requests))
+        units = (Unit(index, range(request.num_samples)) for index, request in enumerate(requests))
+        self._left = deque(unit for unit in units if unit.samples)
         self.share = sum(request.num_samples for request in requests)
 
     def take(self, most: int) -> Unit | None:

@@ -24,8 +24,8 @@ ROWS = 8
 
 
 def gap_measures(logprobs: Tensor, engine: Tensor) -> Measures:
-    """Of log-probs [M], trainer's and engine's: the sum and the largest of |difference|, and of the k3 estimate of KL(engine, trainer)
-    the sum."""
+    """Of log-probs [M], the trainer's and the engine's: |difference|, summed and largest; the k3 estimate of KL(engine, trainer)
+    summed."""
     gap = logprobs - engine
     k3 = kl_estimate(-gap, torch.zeros_like(gap), k3=True)
     return Measures(

@@ -28,7 +28,7 @@ def engine_bytes(s: Setup) -> tuple[float, float, float]:
     logits = 4 * min(LOGITS, slots * s.block_size * c.vocab_size)
     pages = 1 + -(-(length + s.block_size) // PAGE)
     wide = 6 * c.intermediate_size + 4 * c.num_heads * c.head_dim + 8 * c.hidden_size
-    return results + logits, pages * PAGE * position, PREFILL_TOKENS * wide * s.itemsize + 2 * logits
+    return results + logits, pages * PAGE * position, max(PREFILL_TOKENS, s.prompt) * wide * s.itemsize + 2 * logits
 
 
 def engine_wants(s: Setup) -> float:

@@ -56,7 +56,7 @@ def item_attention(
     become 0; commit_of int32 [n]: k where rows (n + k)*B .. of the forward are its commit item, -1: it has none. Rows of commit
     places that no item has are undefined.
 
-    The rest is for measurements: splits (a power of two) and tile sizes other than the chosen ones.
+    The rest is for measurements and tests: splits (a power of two) and tile sizes other than the chosen ones.
     """
     num_items, (num_rows, num_heads, head_dim) = len(order), q.shape
     assert q.is_contiguous() and k_cache.is_contiguous() and v_cache.is_contiguous(), (q.stride(), k_cache.stride())
@@ -74,7 +74,7 @@ def item_attention(
     rows = block_size * (num_heads // num_kv_heads)
     # Twice as many rows where a block is committed, in registers; float32 takes twice the room and has no tensor cores.
     if q.dtype == torch.float32:
-        tile, keys_at_a_time, num_warps = 16, 32, 4
+        tile, keys_at_a_time, num_warps = tile or 16, keys_at_a_time or 32, num_warps or 4
     largest = 128 if shared_memory(q.device) > 170_000 else 64
     tile = tile or min(largest, max(16, triton.next_power_of_2(rows)))
     keys_at_a_time, num_warps = keys_at_a_time or TILES[tile][0], num_warps or TILES[tile][1]

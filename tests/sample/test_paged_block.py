@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import random
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -18,9 +19,12 @@ from sample import paged_block, paged_state
 from sample.block import BlockEngine
 from sample.capacity import Capacity, Demand, commit_capacity, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
+from sample.kernels import plan
 from sample.paged_block import PagedBlockEngine
+from sample.paged_cache import PagedCache
 from sample.pages import PAGE, pages_of
 from sample.queue import ListQueue, Unit
+from sample.slots import Plan, Slots
 from tests.sample.reference import random_decoder, random_requests
 from tests.sample.test_block import DECODINGS, THRESHOLD, assert_same, settings
 
@@ -141,6 +145,20 @@ def test_prefills_are_packed_up_to_the_budget(monkeypatch: pytest.MonkeyPatch) -
     assert calls[::2] == [[12, 20, 8], [60], [4]]  # once per layer
 
 
+def test_memory_is_kept_free_for_the_largest_prefill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of PREFILL_TOKENS, or of one longer prompt, which is computed in one forward."""
+    kept = []
+    take = PagedCache.take
+    monkeypatch.setattr(PagedCache, "take", lambda self, *args: kept.append(args[2]) or take(self, *args))
+    monkeypatch.setattr(paged_block, "PREFILL_TOKENS", 40)
+    engine = PagedBlockEngine(random_decoder(), SDAR)
+    for lengths in ([13, 38], [7, 61]):  # of the longest, 36 and 60 tokens are whole blocks
+        engine.generate(random_requests(lengths), settings(max_tokens=4))
+    row = 4 * (6 * 48 + 4 * 4 * 8 + 8 * 32)
+    logits = 2 * (2 * 4 * 24 * 4)  # two sequences, blocks of 4, 24 ids, float32
+    assert kept == [40 * row + logits, 60 * row + logits]
+
+
 def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_state, "RESULT_POSITIONS", 1)
     engine = PagedBlockEngine(random_decoder(), SDAR, max_active=2)
@@ -214,6 +232,37 @@ def test_a_queue_says_what_is_sampled() -> None:
     for ours in rollouts:
         assert_same(ours, expected[ours.task_id, ours.sample])
     assert engine.generate(requests, s, queue=SomeOfTheList(requests, [])) == []
+
+
+@pytest.mark.parametrize("size, most", [(1, 1984), (4, 1984), (64, 1984), (128, 1984), (160, 1600), (256, 960)])
+def test_no_more_are_in_flight_than_a_plan_has_numbers_for(size: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert paged_block.most_in_flight(size) == most == item_bucket(most)
+    launched = []
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **options: launched.append(grid)})()
+    monkeypatch.setattr(plan, "plan_kernel", kernel)
+    monkeypatch.setattr(plan, "triton", SimpleNamespace(next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
+
+    def make(n: int) -> None:
+        slots, table = Slots.empty(n, size, "cpu"), torch.zeros(n, 1, dtype=torch.int32)
+        plan.make_plan_kernel(slots, table, Plan.empty(n, n, n * size, size, "cpu"))
+
+    make(most)
+    with pytest.raises(AssertionError):
+        make(item_bucket(most + 1))
+    assert launched == [(most,)]
+
+
+def test_any_max_active_will_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where more could be in flight than a plan takes, the rest waits; results are the same."""
+    sizes = []
+    launch = paged_block.Generation.launch
+    monkeypatch.setattr(
+        paged_block.Generation, "launch", lambda self: sizes.append(len(self.occupant) - len(self.free_slots)) or launch(self)
+    )
+    decoder, s = random_decoder(), settings(block_size=1, max_tokens=1)
+    requests = random_requests([2 + n % 5 for n in range(2100)])
+    assert_equal_to_eager(PagedBlockEngine(decoder, SDAR, max_active=2**20), requests, s)
+    assert sizes[0] == max(sizes) == 1984 and sum(sizes) >= 2100
 
 
 def test_which_engine_is_built(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -118,6 +118,19 @@ def test_equals_the_eager_engine(size: int, strategy: str, decoding: dict) -> No
     assert apart <= 1 and engine.statistics.graphs == len(engine.graphs.graphs) > 1
 
 
+@pytest.mark.parametrize("strategy", ["low_confidence_static", "low_confidence_dynamic"])
+@pytest.mark.parametrize("size", [16, 32, 64])
+def test_large_blocks_equal_the_eager_engine(size: int, strategy: str) -> None:
+    """Several blocks of every sequence, in up to eight steps each; of 64 tokens and four heads to a key, two tiles of attention."""
+    decoder = random_decoder(size, **SMALL | dict(num_kv_heads=1)).to(CUDA)
+    s = settings(block_size=size, steps_per_block=8, strategy=strategy, threshold=0.3, max_tokens=3 * size, stop_ids=())
+    requests = requests_of(20, 2 * size + 60, 22)
+    engine = PagedBlockEngine(decoder, SDAR, max_active=24)
+    apart = compare(decoder, requests, engine.generate(requests, s), BlockEngine(decoder, SDAR, 40).generate(requests, s), s)
+    print(f"{apart} of {2 * len(requests)} sequences differ behind a near tie")
+    assert apart <= 1 and engine.statistics.commit_items > 2 * len(requests) and len(engine.graphs.graphs) > 1
+
+
 def test_golden_generation() -> None:
     for variant in sorted((Path(sdar.__file__).parent / "data" / "sdar").iterdir()):
         model = load_pretrained(str(variant), "sdar", torch.float32, CUDA)

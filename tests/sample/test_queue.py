@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 import itertools
 from typing import Any
@@ -43,6 +44,14 @@ def test_a_list_is_handed_out_in_its_order(most: int):
     assert queue.share == 7 and all_of(queue, most) == expected
     assert all_of(SharedQueue(requests, 1, itertools.count().__next__), most) == expected
     assert ListQueue([]).share == 0 and ListQueue([]).take(1) is None
+
+
+def test_a_request_of_no_samples_is_left_out():
+    requests = [Request(name, [1], n) for name, n in [("a", 0), ("b", 2), ("c", 0), ("d", 0), ("e", 1), ("f", 0)]]
+    for queue in [ListQueue(requests), SharedQueue(requests, 1, itertools.count().__next__)]:
+        assert queue.share == 3 and all_of(queue, 100) == [(1, 0), (1, 1), (4, 0)]
+    none = ListQueue(requests[2:4])
+    assert none.share == 0 and none.take(1) is None
 
 
 def test_units_by_hand():
@@ -137,6 +146,17 @@ def test_the_engine_samples_what_its_queue_hands_out():
     queue.share = 2
     assert len(engine.generate(requests, SETTINGS, queue=queue)) == 24
     assert engine.statistics.mean_active <= 2
+
+
+@pytest.mark.parametrize("kernels", ["torch", "triton"])
+@pytest.mark.parametrize("family", ["sdar", "llada"])
+def test_every_engine_leaves_out_requests_of_no_samples(family: str, kernels: str):
+    engine = build_engine(random_decoder(), FAMILIES.get(family), MAX_ACTIVE, kernels)
+    requests = random_requests([5, 9, 2, 7], num_samples=2)
+    empty = [dataclasses.replace(request, task_id=f"empty {n}", num_samples=0) for n, request in enumerate(requests)]
+    mixed = [empty[0], *requests[:2], empty[1], empty[2], *requests[2:], empty[3]]
+    assert engine.generate(mixed, SETTINGS) == engine.generate(requests, SETTINGS)
+    assert engine.generate(empty, SETTINGS) == []
 
 
 def test_a_limit_of_each_sample():

@@ -333,6 +333,15 @@ def test_what_is_offloaded_is_not_there_while_sampling(zero):
     assert update_bytes(offloaded) == update_bytes(s)
 
 
+def test_a_longer_prompt_than_a_prefill_takes_is_computed_in_one_forward():
+    """Of a block model; each row of the 8B shape has the widest activations of a layer, in bfloat16."""
+    s = Setup(EIGHT_B, 2, gpus=8, zero=2)
+    workspace = lambda prompt: memory_engine.engine_bytes(dataclasses.replace(s, prompt=prompt))[2]  # noqa: E731
+    assert workspace(16_384) == workspace(784)
+    row = 2 * (6 * EIGHT_B.intermediate_size + 4 * 32 * 128 + 8 * 4096)
+    assert workspace(20_000) - workspace(784) == (20_000 - 16_384) * row
+
+
 def test_who_is_offloaded_is_chosen_by_what_the_engine_wants():
     """8B on eight GPUs under ZeRO-2, a value model of the same size beside it, 64 sequences of up to 2,784 tokens in flight."""
     s = Setup(EIGHT_B, 2, gpus=8, zero=2, value=EIGHT_B, max_active=64)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sample.kernels.item_attention import item_attention, item_attention_reference
+from sample.kernels.item_attention import TILES, item_attention, item_attention_reference
 from sample.pages import PAGE
 from tests.sample.kernels.compare import assert_near, poisoned
 
@@ -84,9 +84,16 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+TILED = {
+    "less than a tile": random_case(8, 2, (2, 1, 8), [40, 3], [0]),
+    "a tile that is not full": random_case(9, 20, (6, 2, 8), [4, 1], [0]),
+    "two tiles of 128": random_case(10, 64, (4, 1, 8), [2, 1], [0]),
+}
+
+
+@pytest.mark.parametrize("name", CASES | TILED)
 def test_the_reference_is_the_brute_force(name: str) -> None:
-    case = CASES[name]
+    case = (CASES | TILED)[name]
     rows = [row for row, _, _ in case.rows]
     got, want = case.run(item_attention_reference)[rows], brute_force(case)[rows]
     assert torch.allclose(got.double(), want, atol=1e-6)
@@ -105,6 +112,29 @@ def test_the_kernel_is_the_brute_force(device: torch.device, name: str, splits: 
         assert (got == 0).all()
     else:
         assert_near(got, want, roundings=4)
+
+
+@pytest.mark.filterwarnings("ignore:All-NaN slice")
+@pytest.mark.parametrize(
+    "name, tile, splits",
+    [
+        ("less than a tile", 32, 2),
+        ("less than a tile", 128, 1),
+        ("a tile that is not full", 64, 2),
+        ("a tile that is not full", 128, 1),
+        ("two tiles of 128", 32, 1),
+        ("two tiles of 128", 64, 1),
+        ("two tiles of 128", 128, 1),
+    ],
+)
+def test_tiles_of_bfloat16(device: torch.device, name: str, tile: int, splits: int) -> None:
+    """Of the rows that bfloat16 takes at a time. The interpreter has float32 only, which takes 16 if it is not told otherwise."""
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    case = TILED[name].to(device, dtype)
+    rows = [row for row, _, _ in case.rows]
+    with poisoned():
+        got = case.run(item_attention, splits=splits, tile=tile, keys_at_a_time=TILES[tile][0])[rows]
+    assert_near(got, brute_force(case.to(torch.device("cpu"), dtype))[rows], roundings=4)
 
 
 def test_large_entries_do_not_wrap(device: torch.device) -> None:
