@@ -75,6 +75,15 @@ def read_config(job: Job, arguments: Sequence[str]) -> Config:
     return merge(job, [(_read_yaml(path), f"in {path}"), (overrides, "on the command line")])
 
 
+def with_default(job: Job, arguments: Sequence[str], key: str, value: str) -> list[str]:
+    """`arguments`, and `key=value` behind them where neither they nor the file that they name say it. Raises UserError."""
+    if {"--help", "-h"} & set(arguments):
+        return list(arguments)
+    path, overrides = _parse_arguments(job, arguments)
+    given = [canonical(flatten(tree), job)[0].get(key) for tree in (_read_yaml(path), overrides)]
+    return [*arguments, f"{key}={value}"] if given == [None, None] else list(arguments)
+
+
 def export_environment(config: Config) -> None:
     """`system` into the environment of this process and those that it starts, before a library is imported that reads it; and
     where compiled kernels are kept, unless the environment says so: in the run directory, so that only its first start compiles."""

@@ -20,6 +20,9 @@ ALIASES = {
     "image_resolution": "model.image_resolution",
     "answer_must_in_box": "reward.answer_must_in_box",
     "strict_len_check": "reward.strict_len_check",
+    # RL files of the reference may say beside the decoding of evaluation what is evaluated on
+    "evaluation.eval_dataset": "dataset.eval_dataset",
+    "evaluation.data_type": "dataset.data_type",
     # one setting under two names
     "rollout.max_gen_length": "rollout.max_token",
     "evaluation.max_gen_length": "evaluation.max_token",
