@@ -124,6 +124,16 @@ def _rename_interpolations(value: Any, rename: Callable[[re.Match], str]) -> Any
     return value
 
 
+def unused_in_sft(settings: dict[str, Any]) -> list[str]:
+    """The settings among them by which the reference batches finetuning, where they say what training.batch_size does not.
+
+    They count masked rows per process, and how many rows a document has depends on its masks: no number of documents is the same.
+    """
+    says_ours = "training.batch_size" in settings
+    names = ["training.batch_size_lm", "training.gradient_accumulation_steps"]
+    return [name for name in names if name in settings and not (says_ours and settings[name] == 1)]
+
+
 def inherit_evaluation(settings: dict[str, Any]) -> dict[str, str]:
     """What evaluation does not say is as in rollout (in place). Returns {setting: the one that it came from}.
 

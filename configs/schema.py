@@ -416,7 +416,8 @@ class Training:
     max_steps: int | None = None
     """SFT: optimizer steps; null: num_train_epochs over the data."""
     batch_size: int = 64
-    """SFT: documents per optimizer step."""
+    """SFT: documents per optimizer step, over all processes, each with all of its masks. Takes the place of batch_size_lm and
+    gradient_accumulation_steps, which count rows."""
     eval_every: int = 100
     """SFT: every so many optimizer steps the validation loss, and the solve rate where there is dataset.eval_dataset."""
     validation_share: float = 0.0

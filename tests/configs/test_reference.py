@@ -9,12 +9,17 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import UserError
-from configs.load import ROOT, with_default
+from configs.load import ROOT, to_yaml, with_default
 from configs.reference import ALIASES, UNUSED, canonical, flatten
 from configs.schema import Decoding
 from tests.configs.reference_files import EVAL, EVAL_MMADA, RL_BLOCK, RL_DREAM, RL_FULL_WITH_VALUE, SFT, SFT_DREAM, every_key
 
 pytestmark = pytest.mark.usefixtures("whole_reference")
+
+WHAT_SFT_BATCHES_BY = (
+    "settings that have no use in finetuning: training.batch_size_lm, training.gradient_accumulation_steps: an optimizer step is "
+    "training.batch_size=64 documents, over all processes"
+)
 
 
 def test_the_files_hold_every_key():
@@ -132,7 +137,25 @@ def test_sft_full_attention(load, method, capsys):
     config = load("sft", SFT_DREAM, f"training.method={method}", "model.model_base=dream")
     t = config.training
     assert (t.method, t.block_size, t.max_gen_length, t.post_num, t.shrink) == (method, 32, 1600, 4, 48)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"warning: {WHAT_SFT_BATCHES_BY}\n"
+
+
+def test_how_the_reference_batches_sft_is_said_to_be_unused(load, capsys):
+    """Once, where it says what training.batch_size does not."""
+    dream = "model.model_base=dream"
+    load("sft", SFT_DREAM, dream)
+    load("sft", SFT_DREAM, dream)
+    assert capsys.readouterr().err == f"warning: {WHAT_SFT_BATCHES_BY}\n"
+    config = load("sft", SFT_DREAM, dream, "training.batch_size=16")  # gradient_accumulation_steps is 1
+    assert config.training.batch_size == 16
+    assert capsys.readouterr().err == (
+        "warning: settings that have no use in finetuning: training.batch_size_lm: an optimizer step is training.batch_size=16 "
+        "documents, over all processes\n"
+    )
+    load("sft", to_yaml(load("sft", SFT_DREAM, dream, "training.batch_size=16", "training.batch_size_lm=1")))
+    assert capsys.readouterr().err == "", "a run's own config.yaml holds every setting"
+    load("rl", RL_DREAM)
+    assert "finetuning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["dream", "llada", "mmada", "sdar", "trado"])
