@@ -76,9 +76,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """
         training.lower_p training.upper_p training.gam training.lam
         lr_scheduler.params.min_lr_scale
-        """
-        + _of_decoding("dynamic_threshold"),
+        """,
     ),
+    ("at most 1", lambda x: x <= 1, _of_decoding("dynamic_threshold")),
     (
         "from 0 to below 1",
         lambda x: 0 <= x < 1,
@@ -261,6 +261,7 @@ def _check_decoding(config: Config, job: str) -> None:
     for section, d in _decodings(config, job):
         _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
         _registered(TARGETS, d.target, f"{section}.target")
+        _check_threshold(section, d)
         if is_block:
             _check_blocks(section, d)
         else:
@@ -281,6 +282,21 @@ ONLY_FULL = {
     "pad_target_penalty": 1.0,
 }
 """Settings of decoding that full attention alone has, and their defaults."""
+
+
+def _check_threshold(section: str, d: Any) -> None:
+    """Scores are compared with it, so it lies where they do."""
+    from sample.registry import NEGATIVE_TARGETS
+
+    got = f"{section}.dynamic_threshold: got {d.dynamic_threshold}"
+    if d.target not in NEGATIVE_TARGETS:
+        if d.dynamic_threshold < 0:
+            raise UserError(f"{got}, must be from 0 to 1 with {section}.target={d.target}")
+    elif d.dynamic_threshold > 0 and d.remasking_strategy == "low_confidence_dynamic":
+        raise UserError(
+            f"{got}, must be 0 or less with {section}.target={d.target}: its scores are entropies in nats, negated, so none is "
+            "above it; give -0.5, say"
+        )
 
 
 def _check_blocks(section: str, d: Any) -> None:

@@ -143,7 +143,8 @@ class Decoding:
     Low_confidence_dynamic: all above dynamic_threshold, at least the fixed number (full attention: at least one). Sequential:
     from left to right. Entropy_bounded: the most certain ones, within entropy_bound."""
     dynamic_threshold: float = 0.9
-    """Confidence above which low_confidence_dynamic reveals a token."""
+    """Score above which low_confidence_dynamic reveals a token: from 0 to 1; target neg_entropy: 0 or less, -0.5 for all positions
+    of less than half a nat."""
     entropy_bound: float = 0.1
     """Nats: entropy_bounded reveals the largest set with sum of entropies - the largest of them <= this, at least one."""
     target: str = "confidence"

@@ -27,3 +27,6 @@ TARGETS.register("confidence", "sample.sampling:confidence")
 TARGETS.register("margin_confidence", "sample.sampling:margin_confidence")
 TARGETS.register("neg_entropy", "sample.sampling:neg_entropy")
 TARGETS.register("random", "sample.sampling:random_score")
+
+NEGATIVE_TARGETS = frozenset({"neg_entropy"})
+"""Those whose scores are 0 or less, so that a threshold on them is too; the scores of the others are from 0 to 1."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from common.errors import UserError
 from configs.load import load_config
 from models.registry import FAMILIES
+from sample.registry import NEGATIVE_TARGETS, TARGETS
+from sample.sampling import Distribution, entropy_of
 from tests.configs.test_load import MINIMAL, SHIPPED, job_of
 
 CANVAS = """
@@ -71,6 +74,44 @@ def test_what_full_attention_may_be_told(load, capsys):
     small = CANVAS.replace("rollout: {max_gen_length: 128, block_size: 32}", "training: {max_gen_length: 100, block_size: 48}")
     assert load("sft", small, "dataset.eval_dataset=null").training.block_size == 48, "nothing is sampled"
     assert capsys.readouterr().err == ""
+
+
+DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"
+SHIPPED_TARGETS = {"confidence", "margin_confidence", "neg_entropy", "random"}
+"""Other tests register more."""
+
+
+@pytest.mark.parametrize("text", [CANVAS, MINIMAL], ids=["full", "block"])
+@pytest.mark.parametrize("job, section", [("rl", "rollout"), ("rl", "evaluation"), ("eval", "rollout"), ("sft", "evaluation")])
+def test_thresholds_lie_where_the_scores_do(load, job, section, text):
+    def given(target: str, strategy: str, threshold: float) -> str:
+        """The mistake, or nothing."""
+        settings = {"target": target, "remasking_strategy": strategy, "dynamic_threshold": threshold}
+        try:
+            load(job, text, *(f"{section}.{name}={value}" for name, value in settings.items()))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    own = "rollout" if (job, section) == ("rl", "rollout") else "evaluation"
+    for target in sorted(SHIPPED_TARGETS - {"neg_entropy"}):
+        assert not given(target, DYNAMIC, 0) and not given(target, DYNAMIC, 1)
+        assert given(target, DYNAMIC, -0.5) == f"{own}.dynamic_threshold: got -0.5, must be from 0 to 1 with {own}.target={target}"
+        assert "dynamic_threshold: got 1.5, must be at most 1" in given(target, DYNAMIC, 1.5)
+    assert not given("neg_entropy", DYNAMIC, -2.2) and not given("neg_entropy", DYNAMIC, 0)
+    refused = f"{own}.dynamic_threshold: got 0.9, must be 0 or less with {own}.target=neg_entropy: its scores are entropies"
+    assert given("neg_entropy", DYNAMIC, 0.9).startswith(refused)
+    assert not given("neg_entropy", STATIC, 0.9), "which reads no threshold: files of the reference say one all the same"
+
+
+def test_scores_lie_where_thresholds_may():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = (5 * torch.randn(50, 30, generator=generator)).log_softmax(-1)
+    tokens, keys = torch.randint(30, (50,), generator=generator), torch.randint(2**31 - 1, (50, 2), generator=generator)
+    scored = Distribution(logprobs, tokens, entropy_of(logprobs), keys.to(torch.int32))
+    for name in SHIPPED_TARGETS:
+        score = TARGETS.get(name)(scored)
+        assert (score <= 0).all() if name in NEGATIVE_TARGETS else ((score >= 0) & (score <= 1)).all(), name
 
 
 def test_settings_of_the_other_attention_kind_are_said(load, capsys):
