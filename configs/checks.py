@@ -308,12 +308,18 @@ def _check_blocks(section: str, d: Any) -> None:
 
 
 def _check_canvas(section: str, d: Any) -> None:
+    from sample.registry import UNRANKED
+
     if not d.use_cache and d.cache_kind != "none":
         raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: give only one of them")
     if d.further_horizon is not None and d.cache_kind == "none":
         warn_once(
             f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"
         )
+    unused = {name: getattr(d, name) for name in ("alg_temp", "pad_target_penalty") if getattr(d, name) != ONLY_FULL[name]}
+    if unused and d.remasking_strategy in UNRANKED:
+        given = ", ".join(f"{section}.{name}={value}" for name, value in unused.items())
+        warn_once(f"settings that have no use, as remasking_strategy {d.remasking_strategy} ranks by no score: {given}")
     if d.max_token % d.block_size:
         raise UserError(
             f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
@@ -419,7 +425,7 @@ def _check_rl(config: Config) -> None:
             "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
             "advantages compare the responses of a task"
         )
-    if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and not has_value:
+    if (r.temperature == 0 or r.top_k == 1) and not _draws_positions(config) and not has_value:
         greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"
         raise UserError(f"{greedy}: all responses of a task would be the same, and nothing be learnt: RL needs sampling")
     if m.value_base_model is not None and m.optimized_name == m.optimized_value_name:
@@ -432,6 +438,15 @@ def _check_rl(config: Config) -> None:
             f"training.max_gen_length ({t.max_gen_length}) is below rollout.max_token ({r.max_token}): "
             "longer responses are cut before they are trained on"
         )
+
+
+def _draws_positions(config: Config) -> bool:
+    """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn."""
+    from models.registry import FAMILIES
+    from sample.registry import UNRANKED
+
+    r, is_full = config.rollout, FAMILIES.get(config.model.model_base).attention == "full"
+    return r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))
 
 
 def _check_sft(config: Config) -> None:

@@ -21,6 +21,9 @@ UNMASKING.register("low_confidence_dynamic", "sample.unmask:low_confidence_dynam
 UNMASKING.register("sequential", "sample.unmask:sequential")
 UNMASKING.register("entropy_bounded", "sample.unmask:entropy_bounded")
 
+UNRANKED = frozenset({"sequential", "entropy_bounded"})
+"""Strategies among them that do not see the target: what changes scores, or how they rank, changes nothing there."""
+
 TARGETS: Registry = Registry("unmasking target")
 """Functions Distribution -> float32 [M], what ranks the masked positions (sample/sampling.py): higher is revealed earlier."""
 TARGETS.register("confidence", "sample.sampling:confidence")

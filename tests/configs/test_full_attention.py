@@ -76,6 +76,23 @@ def test_what_full_attention_may_be_told(load, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("greedy", ["rollout.temperature=0", "rollout.top_k=1"])
+def test_greedy_tokens_are_refused_where_positions_are_not_drawn_either(load, greedy):
+    said = "rollout.temperature: got 0.0" if "temperature" in greedy else "rollout.top_k: got 1"
+    draws = {"alg_temp=0.5", "target=random"}
+    for strategy in [STATIC, DYNAMIC, "sequential", "entropy_bounded"]:
+        for setting in ["alg_temp=0", *sorted(draws)]:
+            for text in (CANVAS, MINIMAL):
+                has_effect = strategy in (STATIC, DYNAMIC) and setting in (draws if text is CANVAS else {"target=random"})
+                given = [greedy, f"rollout.{setting}", f"rollout.remasking_strategy={strategy}"]
+                if has_effect:
+                    load("rl", text, *given)
+                    continue
+                with pytest.raises(UserError) as error:
+                    load("rl", text, *given)
+                assert str(error.value).startswith(f"{said}: all responses of a task would be the same")
+
+
 DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"
 SHIPPED_TARGETS = {"confidence", "margin_confidence", "neg_entropy", "random"}
 """Other tests register more."""
@@ -120,6 +137,15 @@ def test_settings_of_the_other_attention_kind_are_said(load, capsys):
     load("rl", CANVAS, "rollout.denoising_steps_per_block=2")
     unused = "rollout.denoising_steps_per_block, evaluation.denoising_steps_per_block"  # which follows it
     assert f"as llada has full attention: {unused}\n" in capsys.readouterr().err
+    for strategy in ["sequential", "entropy_bounded", STATIC, DYNAMIC]:
+        is_told = strategy in ("sequential", "entropy_bounded")
+        given = ["rollout.alg_temp=0.5", "rollout.pad_target_penalty=2", f"rollout.remasking_strategy={strategy}"]
+        load("rl", CANVAS, *given, "evaluation.alg_temp=0", "evaluation.pad_target_penalty=1")
+        said = f"as remasking_strategy {strategy} ranks by no score: rollout.alg_temp=0.5, rollout.pad_target_penalty=2.0"
+        assert capsys.readouterr().err == is_told * f"warning: settings that have no use, {said}\n"
+        load("eval", CANVAS, "rollout.alg_temp=0.25", f"rollout.remasking_strategy=[{STATIC},{strategy}]")
+        said = f"as remasking_strategy {strategy} ranks by no score: evaluation.alg_temp=0.25"
+        assert capsys.readouterr().err == is_told * f"warning: settings that have no use, {said}\n"
     load("rl", CANVAS, "rollout.use_cache=false", "rollout.further_horizon=32", "evaluation.further_horizon=null")
     assert "rollout.further_horizon=32 has no use: without a cache" in capsys.readouterr().err
 
