@@ -77,9 +77,9 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """
         training.lower_p training.upper_p training.gam training.lam
         lr_scheduler.params.min_lr_scale
-        """
-        + _of_decoding("dynamic_threshold"),
+        """,
     ),
+    ("at most 1", lambda x: x <= 1, _of_decoding("dynamic_threshold")),
     (
         "from 0 to below 1",
         lambda x: 0 <= x < 1,
@@ -262,6 +262,7 @@ def _check_decoding(config: Config, job: str) -> None:
     for section, d in _decodings(config, job):
         _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
         _registered(TARGETS, d.target, f"{section}.target")
+        _check_threshold(section, d)
         if is_block:
             _check_blocks(section, d)
         else:
@@ -284,6 +285,21 @@ ONLY_FULL = {
 """Settings of decoding that full attention alone has, and their defaults."""
 
 
+def _check_threshold(section: str, d: Any) -> None:
+    """Scores are compared with it, so it lies where they do."""
+    from sample.registry import NEGATIVE_TARGETS
+
+    got = f"{section}.dynamic_threshold: got {d.dynamic_threshold}"
+    if d.target not in NEGATIVE_TARGETS:
+        if d.dynamic_threshold < 0:
+            raise UserError(f"{got}, must be from 0 to 1 with {section}.target={d.target}")
+    elif d.dynamic_threshold > 0 and d.remasking_strategy == "low_confidence_dynamic":
+        raise UserError(
+            f"{got}, must be 0 or less with {section}.target={d.target}: its scores are entropies in nats, negated, so none is "
+            "above it; give -0.5, say"
+        )
+
+
 def _check_blocks(section: str, d: Any) -> None:
     if d.denoising_steps_per_block > d.block_size:
         raise UserError(
@@ -293,12 +309,18 @@ def _check_blocks(section: str, d: Any) -> None:
 
 
 def _check_canvas(section: str, d: Any) -> None:
+    from sample.registry import UNRANKED
+
     if not d.use_cache and d.cache_kind != "none":
         raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: give only one of them")
     if d.further_horizon is not None and d.cache_kind == "none":
         warn_once(
             f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"
         )
+    unused = {name: getattr(d, name) for name in ("alg_temp", "pad_target_penalty") if getattr(d, name) != ONLY_FULL[name]}
+    if unused and d.remasking_strategy in UNRANKED:
+        given = ", ".join(f"{section}.{name}={value}" for name, value in unused.items())
+        warn_once(f"settings that have no use, as remasking_strategy {d.remasking_strategy} ranks by no score: {given}")
     if d.max_token % d.block_size:
         raise UserError(
             f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
@@ -404,7 +426,7 @@ def _check_rl(config: Config) -> None:
             "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
             "advantages compare the responses of a task"
         )
-    if (r.temperature == 0 or r.top_k == 1) and r.target != "random" and not has_value:
+    if (r.temperature == 0 or r.top_k == 1) and not _draws_positions(config) and not has_value:
         greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"
         raise UserError(f"{greedy}: all responses of a task would be the same, and nothing be learnt: RL needs sampling")
     if m.value_base_model is not None and m.optimized_name == m.optimized_value_name:
@@ -417,6 +439,15 @@ def _check_rl(config: Config) -> None:
             f"training.max_gen_length ({t.max_gen_length}) is below rollout.max_token ({r.max_token}): "
             "longer responses are cut before they are trained on"
         )
+
+
+def _draws_positions(config: Config) -> bool:
+    """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn."""
+    from models.registry import FAMILIES
+    from sample.registry import UNRANKED
+
+    r, is_full = config.rollout, FAMILIES.get(config.model.model_base).attention == "full"
+    return r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))
 
 
 def _check_sft(config: Config) -> None:

@@ -29,7 +29,7 @@ from common.registry import did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check, warn_once
 from configs.help import help_text
-from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation
+from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation, unused_in_sft
 from configs.schema import Config
 
 Job = Literal["rl", "eval", "sft"]
@@ -73,6 +73,15 @@ def read_config(job: Job, arguments: Sequence[str]) -> Config:
     """The config of a job with its defaults resolved, its values unchecked and its plugins not imported. Raises UserError."""
     path, overrides = _parse_arguments(job, arguments)
     return merge(job, [(_read_yaml(path), f"in {path}"), (overrides, "on the command line")])
+
+
+def with_default(job: Job, arguments: Sequence[str], key: str, value: str) -> list[str]:
+    """`arguments`, and `key=value` behind them where neither they nor the file that they name say it. Raises UserError."""
+    if {"--help", "-h"} & set(arguments):
+        return list(arguments)
+    path, overrides = _parse_arguments(job, arguments)
+    given = [canonical(flatten(tree), job)[0].get(key) for tree in (_read_yaml(path), overrides)]
+    return [*arguments, f"{key}={value}"] if given == [None, None] else list(arguments)
 
 
 def export_environment(config: Config) -> None:
@@ -125,6 +134,12 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
         if get(config, key) is None:
             raise UserError(f"{key}: is missing, it is {meaning}: set it in {layers[0][1].removeprefix('in ')} or as {key}=...")
     resolve_defaults(config, job)
+    unused = unused_in_sft(settings) if job == "sft" else []
+    if unused:
+        warn_once(
+            f"settings that have no use in finetuning: {', '.join(unused)}: an optimizer step is "
+            f"training.batch_size={config.training.batch_size} documents, over all processes"
+        )
     return config
 
 

@@ -20,6 +20,9 @@ ALIASES = {
     "image_resolution": "model.image_resolution",
     "answer_must_in_box": "reward.answer_must_in_box",
     "strict_len_check": "reward.strict_len_check",
+    # RL files of the reference may say beside the decoding of evaluation what is evaluated on
+    "evaluation.eval_dataset": "dataset.eval_dataset",
+    "evaluation.data_type": "dataset.data_type",
     # one setting under two names
     "rollout.max_gen_length": "rollout.max_token",
     "evaluation.max_gen_length": "evaluation.max_token",
@@ -119,6 +122,16 @@ def _rename_interpolations(value: Any, rename: Callable[[re.Match], str]) -> Any
     if isinstance(value, list):
         return [_rename_interpolations(one, rename) for one in value]
     return value
+
+
+def unused_in_sft(settings: dict[str, Any]) -> list[str]:
+    """The settings among them by which the reference batches finetuning, where they say what training.batch_size does not.
+
+    They count masked rows per process, and how many rows a document has depends on its masks: no number of documents is the same.
+    """
+    says_ours = "training.batch_size" in settings
+    names = ["training.batch_size_lm", "training.gradient_accumulation_steps"]
+    return [name for name in names if name in settings and not (says_ours and settings[name] == 1)]
 
 
 def inherit_evaluation(settings: dict[str, Any]) -> dict[str, str]:

@@ -143,7 +143,8 @@ class Decoding:
     Low_confidence_dynamic: all above dynamic_threshold, at least the fixed number (full attention: at least one). Sequential:
     from left to right. Entropy_bounded: the most certain ones, within entropy_bound."""
     dynamic_threshold: float = 0.9
-    """Confidence above which low_confidence_dynamic reveals a token."""
+    """Score above which low_confidence_dynamic reveals a token: from 0 to 1; target neg_entropy: 0 or less, -0.5 for all positions
+    of less than half a nat."""
     entropy_bound: float = 0.1
     """Nats: entropy_bounded reveals the largest set with sum of entropies - the largest of them <= this, at least one."""
     target: str = "confidence"
@@ -416,7 +417,8 @@ class Training:
     max_steps: int | None = None
     """SFT: optimizer steps; null: num_train_epochs over the data."""
     batch_size: int = 64
-    """SFT: documents per optimizer step."""
+    """SFT: documents per optimizer step, over all processes, each with all of its masks. Takes the place of batch_size_lm and
+    gradient_accumulation_steps, which count rows."""
     eval_every: int = 100
     """SFT: every so many optimizer steps the validation loss, and the solve rate where there is dataset.eval_dataset."""
     validation_share: float = 0.0

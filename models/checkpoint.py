@@ -21,6 +21,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import replace_directory
+from models.config_json import check_token_ids, decoder_shape, read_object
 from models.decoder import Decoder
 from models.family import TINY_RANDOM, Family, Piece
 from models.lora import ADAPTER_CONFIG, LoRA, is_adapter, load_adapter, merged_folder, merged_state, read_config, save_adapter
@@ -64,6 +65,11 @@ class Pretrained:
         pad = self.config.get("pad_token_id")
         if pad is None and self.tokenizer is not None:
             pad = self.tokenizer.pad_token_id
+        if pad is None and not self.eos_ids:
+            raise UserError(
+                f"{self.path}: no token to fill responses up with: neither config.json nor the tokenizer names a pad or an end "
+                "token: add pad_token_id or eos_token_id to config.json"
+            )
         return pad if pad is not None else self.eos_ids[0]
 
     @functools.cached_property
@@ -110,10 +116,11 @@ def check_family(config: dict[str, Any], family: Family, model_base: str, where:
         )
 
 
-def find_mask_id(config: dict[str, Any], family: Family, tokenizer: Any, where: str) -> int:
-    """config.json's word, else the tokenizer's, else the family's published id. Raises UserError where none fits."""
+def find_mask_id(config: dict[str, Any], family: Family, tokenizer: Any, vocab_size: int, where: str) -> int:
+    """config.json's word, else the tokenizer's, else the family's published id; vocab_size: the decoder's, which may have more rows
+    than config.json has words. Raises UserError where none fits."""
     if config.get("mask_token_id") is not None:
-        found = int(config["mask_token_id"])
+        found = config["mask_token_id"]
     elif tokenizer is not None:
         vocabulary = tokenizer.get_vocab()
         if family.mask_token not in vocabulary:
@@ -124,8 +131,8 @@ def find_mask_id(config: dict[str, Any], family: Family, tokenizer: Any, where: 
         found = vocabulary[family.mask_token]
     else:
         found = family.mask_token_id
-    if not 0 <= found < config["vocab_size"]:
-        raise UserError(f"{where}: mask token id {found} lies outside the vocabulary of {config['vocab_size']}: mend config.json")
+    if not 0 <= found < vocab_size:
+        raise UserError(f"{where}: mask token id {found} lies outside the vocabulary of {vocab_size}: mend config.json")
     return found
 
 
@@ -179,14 +186,14 @@ def load_pretrained(
         model = load_base(path, model_base, dtype, device, seed, ignore, check, setting)
         load_adapter(model, path, ignore)
         return model
-    try:
-        config = json.loads((path / "config.json").read_text())
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path}/config.json: not JSON ({error}): mend it") from error
-    check_family(config, family, model_base, f"{path}/config.json")
+    file = path / "config.json"
+    config = read_object(file)
+    check_family(config, family, model_base, str(file))
     tokenizer = load_tokenizer(path)
-    mask_id = find_mask_id(config, family, tokenizer, str(path))
-    model = Pretrained(empty_decoder(family, config, dtype, device), family, tokenizer, config, path, mask_id)
+    decoder = empty_decoder(family, config, dtype, device, str(file))
+    check_token_ids(config, str(file), decoder.config.vocab_size)
+    mask_id = find_mask_id(config, family, tokenizer, decoder.config.vocab_size, str(path))
+    model = Pretrained(decoder, family, tokenizer, config, path, mask_id)
     check(model)
     load_weights(model.decoder, family, path, ignore)
     return model
@@ -204,10 +211,12 @@ def load_base(path: Path, model_base: str, *arguments: Any) -> Pretrained:
     return model
 
 
-def empty_decoder(family: Family, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str) -> Decoder:
-    """A decoder of that shape with uninitialised weights."""
+def empty_decoder(
+    family: Family, config: dict[str, Any], dtype: torch.dtype, device: torch.device | str, where: str = "config.json"
+) -> Decoder:
+    """A decoder of the shape that `config`, from the file `where`, says, with uninitialised weights. Raises UserError."""
     with torch.device("meta"):
-        decoder = Decoder(family.decoder_config(config))
+        decoder = Decoder(decoder_shape(family, config, where))
     decoder = decoder.to(dtype).to_empty(device=device)
     if decoder.config.tie_word_embeddings:  # to_empty unties
         decoder.lm_head.weight = decoder.embed.weight
@@ -218,7 +227,11 @@ def weight_files(path: Path) -> list[Path]:
     """The safetensors files of a checkpoint: those its index names, or model.safetensors, or all there are."""
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        advice = "download it again, or remove it where all weights are in model.safetensors"
+        weight_map = read_object(index, advice).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise UserError(f"{index}: no weight_map from tensors to files: {advice}")
+        names = sorted(set(weight_map.values()))
         for name in names:
             if not (path / name).is_file():
                 raise UserError(f"{path}: shard {name}, which its index names, is missing: download it again")

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from common.errors import UserError
 from common.files import replace_directory
+from models.config_json import read_object
 from models.decoder import Decoder
 from models.family import DecoderConfig, Family, Piece
 from models.lora_targets import module_of, resolve_targets, short_name, target_pieces
@@ -211,10 +212,7 @@ def tensor_names(family: Family, c: DecoderConfig, targets: tuple[str, ...]) -> 
 def read_config(path: Path) -> dict[str, Any]:
     """adapter_config.json. Raises UserError where its adapter is not plain LoRA."""
     file = path / ADAPTER_CONFIG
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{file}: not JSON ({error}): mend it") from error
+    config = read_object(file)
     if config.get("peft_type") != "LORA":
         raise UserError(f"{file}: peft_type is {config.get('peft_type')!r}, only LORA is read: merge it into its base with peft")
     for key, plain in OTHER_KINDS.items():

@@ -21,9 +21,15 @@ UNMASKING.register("low_confidence_dynamic", "sample.unmask:low_confidence_dynam
 UNMASKING.register("sequential", "sample.unmask:sequential")
 UNMASKING.register("entropy_bounded", "sample.unmask:entropy_bounded")
 
+UNRANKED = frozenset({"sequential", "entropy_bounded"})
+"""Strategies among them that do not see the target: what changes scores, or how they rank, changes nothing there."""
+
 TARGETS: Registry = Registry("unmasking target")
 """Functions Distribution -> float32 [M], what ranks the masked positions (sample/sampling.py): higher is revealed earlier."""
 TARGETS.register("confidence", "sample.sampling:confidence")
 TARGETS.register("margin_confidence", "sample.sampling:margin_confidence")
 TARGETS.register("neg_entropy", "sample.sampling:neg_entropy")
 TARGETS.register("random", "sample.sampling:random_score")
+
+NEGATIVE_TARGETS = frozenset({"neg_entropy"})
+"""Those whose scores are 0 or less, so that a threshold on them is too; the scores of the others are from 0 to 1."""

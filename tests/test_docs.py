@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from configs.load import setting_types
+from configs.reference import ALIASES
 from tests.distributed.harness import clean_environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +105,7 @@ def test_commands_name_what_exists(page):
 
 @by_name
 def test_settings_exist(page):
-    known, sections = setting_types(), {key.partition(".")[0] for key in setting_types()}
+    known, sections = {*setting_types(), *ALIASES}, {key.partition(".")[0] for key in setting_types()}
     text = page.read_text(encoding="utf-8")
     mentioned = re.findall(r"`([a-z_]+(?:\.\w+)+)(?:=[^`]*)?`", text)
     mentioned += [key for line in commands(text) for key in re.findall(r"[\s\"]([a-z_]+(?:\.\w+)+)=", line)]

@@ -168,15 +168,19 @@ def setup_of(
 def read_shape(name: str, family: Any, config_json: str | None = None) -> DecoderConfig:
     """The shape that the config.json of a checkpoint says (a directory or hub name; an adapter's is its base's); of a hub model
     that file alone is fetched. Raises UserError."""
-    import json
     from pathlib import Path
+
+    from models.config_json import decoder_shape, read_object
 
     if config_json is not None:
         path = Path(config_json)
     elif Path(name).is_dir():
         adapter = Path(name) / "adapter_config.json"
         if adapter.is_file():
-            return read_shape(json.loads(adapter.read_text())["base_model_name_or_path"], family)
+            base = read_object(adapter).get("base_model_name_or_path")
+            if not isinstance(base, str):
+                raise UserError(f"{adapter}: base_model_name_or_path is {base!r}, must name a model: add it")
+            return read_shape(base, family)
         path = Path(name) / "config.json"
     else:
         from huggingface_hub import hf_hub_download
@@ -186,10 +190,7 @@ def read_shape(name: str, family: Any, config_json: str | None = None) -> Decode
         except Exception as error:  # the hub raises a dozen kinds: all mean that it is not to be had
             reason = str(error).strip().splitlines()[0]
             raise UserError(f"{name}: no config.json to be had ({reason}): give one as model=path/to/config.json") from error
-    try:
-        return family.decoder_config(json.loads(path.read_text()))
-    except (OSError, json.JSONDecodeError, KeyError) as error:
-        raise UserError(f"{path}: no config.json of a model ({type(error).__name__}: {error})") from error
+    return decoder_shape(family, read_object(path, "give the config.json of a model"), str(path))
 
 
 @entry_point

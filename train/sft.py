@@ -2,7 +2,7 @@
 
     python train/sft.py config=configs/sft_tiny.yaml [section.key=value ...] [--print-config] [--help]
 
-The other train/sft_*.py scripts are this one under the names of families.
+The other train/sft_*.py scripts are this one under the names of families: there model.model_base may be left out.
 """
 
 from __future__ import annotations
@@ -29,11 +29,13 @@ from train.methods import METHODS
 
 
 @entry_point
-def main(argv: list[str] | None = None, link: Link | None = None) -> None:
-    """link: to the launchers of the other machines, where there are several."""
-    from configs.load import load_config
+def main(argv: list[str] | None = None, link: Link | None = None, model_base: str | None = None) -> None:
+    """link: to the launchers of the other machines, where there are several. model_base: the family where no setting says it."""
+    from configs.load import load_config, with_default
 
     argv = sys.argv[1:] if argv is None else argv
+    if model_base is not None:
+        argv = with_default("sft", argv, "model.model_base", model_base)
     config = load_config("sft", argv)
     if is_for_all_machines(config, link):
         run_on_all_machines("sft", main, argv)

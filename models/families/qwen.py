@@ -12,6 +12,8 @@ def qwen_config(config: dict[str, Any], qk_norm: bool, qkv_bias: bool) -> Decode
     """config.json -> shape. Raises UserError for what the decoder does not have."""
     if config.get("rope_scaling"):
         raise UserError(f"config.json: rope_scaling {config['rope_scaling']!r} is not supported: set it to null")
+    if config.get("use_mrope"):
+        raise UserError("config.json: use_mrope is not supported: set it to false")
     if config.get("use_sliding_window"):
         raise UserError("config.json: use_sliding_window is not supported: set it to false")
     if config.get("hidden_act", "silu") != "silu":

@@ -322,7 +322,6 @@ model:
 dataset:
     train_dataset: "MATH_train"
     optimization_data: "rl_data"
-    eval_dataset: "MATH500"
     data_type: "math"
 
 rollout:
@@ -385,6 +384,8 @@ lr_scheduler:
 
 evaluation:
     if_eval: True
+    eval_dataset: "MATH500"
+    data_type: "math"
     num_response_per_task: 1
     temperature: 0.1
     steps: 512
@@ -442,7 +443,6 @@ experiment:
 
 model:
     pretrained_model: "/models/Dream-v0-Instruct-7B"
-    model_base: "dream"
     optimized_name: "optimized"
 
 dataset:
@@ -496,7 +496,8 @@ training: method lower_p upper_p mask_times_per_sample shrink block_size post_nu
 optimizer: name params.learning_rate params.policy_learning_rate params.value_learning_rate params.beta1 params.beta2
     params.weight_decay params.epsilon params.scale_lr
 lr_scheduler: scheduler params.learning_rate params.warmup_steps params.min_lr_scale
-evaluation: if_eval num_response_per_task temperature top_p top_k remasking_strategy dynamic_threshold target block_size
+evaluation: if_eval eval_dataset data_type
+    num_response_per_task temperature top_p top_k remasking_strategy dynamic_threshold target block_size
     denoising_steps_per_block max_token max_gen_length steps use_cache further_horizon batch_size max_active
     tensor_parallel_size start_with_think
 wandb: entity resume run_id

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from common.errors import UserError
 from configs.load import load_config
 from models.registry import FAMILIES
+from sample.registry import NEGATIVE_TARGETS, TARGETS
+from sample.sampling import Distribution, entropy_of
 from tests.configs.test_load import MINIMAL, SHIPPED, job_of
 
 CANVAS = """
@@ -73,12 +76,76 @@ def test_what_full_attention_may_be_told(load, capsys):
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize("greedy", ["rollout.temperature=0", "rollout.top_k=1"])
+def test_greedy_tokens_are_refused_where_positions_are_not_drawn_either(load, greedy):
+    said = "rollout.temperature: got 0.0" if "temperature" in greedy else "rollout.top_k: got 1"
+    draws = {"alg_temp=0.5", "target=random"}
+    for strategy in [STATIC, DYNAMIC, "sequential", "entropy_bounded"]:
+        for setting in ["alg_temp=0", *sorted(draws)]:
+            for text in (CANVAS, MINIMAL):
+                has_effect = strategy in (STATIC, DYNAMIC) and setting in (draws if text is CANVAS else {"target=random"})
+                given = [greedy, f"rollout.{setting}", f"rollout.remasking_strategy={strategy}"]
+                if has_effect:
+                    load("rl", text, *given)
+                    continue
+                with pytest.raises(UserError) as error:
+                    load("rl", text, *given)
+                assert str(error.value).startswith(f"{said}: all responses of a task would be the same")
+
+
+DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"
+SHIPPED_TARGETS = {"confidence", "margin_confidence", "neg_entropy", "random"}
+"""Other tests register more."""
+
+
+@pytest.mark.parametrize("text", [CANVAS, MINIMAL], ids=["full", "block"])
+@pytest.mark.parametrize("job, section", [("rl", "rollout"), ("rl", "evaluation"), ("eval", "rollout"), ("sft", "evaluation")])
+def test_thresholds_lie_where_the_scores_do(load, job, section, text):
+    def given(target: str, strategy: str, threshold: float) -> str:
+        """The mistake, or nothing."""
+        settings = {"target": target, "remasking_strategy": strategy, "dynamic_threshold": threshold}
+        try:
+            load(job, text, *(f"{section}.{name}={value}" for name, value in settings.items()))
+        except UserError as error:
+            return str(error)
+        return ""
+
+    own = "rollout" if (job, section) == ("rl", "rollout") else "evaluation"
+    for target in sorted(SHIPPED_TARGETS - {"neg_entropy"}):
+        assert not given(target, DYNAMIC, 0) and not given(target, DYNAMIC, 1)
+        assert given(target, DYNAMIC, -0.5) == f"{own}.dynamic_threshold: got -0.5, must be from 0 to 1 with {own}.target={target}"
+        assert "dynamic_threshold: got 1.5, must be at most 1" in given(target, DYNAMIC, 1.5)
+    assert not given("neg_entropy", DYNAMIC, -2.2) and not given("neg_entropy", DYNAMIC, 0)
+    refused = f"{own}.dynamic_threshold: got 0.9, must be 0 or less with {own}.target=neg_entropy: its scores are entropies"
+    assert given("neg_entropy", DYNAMIC, 0.9).startswith(refused)
+    assert not given("neg_entropy", STATIC, 0.9), "which reads no threshold: files of the reference say one all the same"
+
+
+def test_scores_lie_where_thresholds_may():
+    generator = torch.Generator().manual_seed(0)
+    logprobs = (5 * torch.randn(50, 30, generator=generator)).log_softmax(-1)
+    tokens, keys = torch.randint(30, (50,), generator=generator), torch.randint(2**31 - 1, (50, 2), generator=generator)
+    scored = Distribution(logprobs, tokens, entropy_of(logprobs), keys.to(torch.int32))
+    for name in SHIPPED_TARGETS:
+        score = TARGETS.get(name)(scored)
+        assert (score <= 0).all() if name in NEGATIVE_TARGETS else ((score >= 0) & (score <= 1)).all(), name
+
+
 def test_settings_of_the_other_attention_kind_are_said(load, capsys):
     load("rl", MINIMAL, "rollout.stop_early=true", "rollout.cache=dual", "evaluation.if_eval=false")
     assert "settings that have no use, as sdar has block attention: rollout.cache, rollout.stop_early" in capsys.readouterr().err
     load("rl", CANVAS, "rollout.denoising_steps_per_block=2")
     unused = "rollout.denoising_steps_per_block, evaluation.denoising_steps_per_block"  # which follows it
     assert f"as llada has full attention: {unused}\n" in capsys.readouterr().err
+    for strategy in ["sequential", "entropy_bounded", STATIC, DYNAMIC]:
+        is_told = strategy in ("sequential", "entropy_bounded")
+        given = ["rollout.alg_temp=0.5", "rollout.pad_target_penalty=2", f"rollout.remasking_strategy={strategy}"]
+        load("rl", CANVAS, *given, "evaluation.alg_temp=0", "evaluation.pad_target_penalty=1")
+        said = f"as remasking_strategy {strategy} ranks by no score: rollout.alg_temp=0.5, rollout.pad_target_penalty=2.0"
+        assert capsys.readouterr().err == is_told * f"warning: settings that have no use, {said}\n"
+        load("eval", CANVAS, "rollout.alg_temp=0.25", f"rollout.remasking_strategy=[{STATIC},{strategy}]")
+        said = f"as remasking_strategy {strategy} ranks by no score: evaluation.alg_temp=0.25"
+        assert capsys.readouterr().err == is_told * f"warning: settings that have no use, {said}\n"
     load("rl", CANVAS, "rollout.use_cache=false", "rollout.further_horizon=32", "evaluation.further_horizon=null")
     assert "rollout.further_horizon=32 has no use: without a cache" in capsys.readouterr().err
 

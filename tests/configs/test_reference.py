@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
+
 import pytest
 from omegaconf import OmegaConf
 
 from common.errors import UserError
+from configs.load import ROOT, to_yaml, with_default
 from configs.reference import ALIASES, UNUSED, canonical, flatten
 from configs.schema import Decoding
 from tests.configs.reference_files import EVAL, EVAL_MMADA, RL_BLOCK, RL_DREAM, RL_FULL_WITH_VALUE, SFT, SFT_DREAM, every_key
 
 pytestmark = pytest.mark.usefixtures("whole_reference")
+
+WHAT_SFT_BATCHES_BY = (
+    "settings that have no use in finetuning: training.batch_size_lm, training.gradient_accumulation_steps: an optimizer step is "
+    "training.batch_size=64 documents, over all processes"
+)
 
 
 def test_the_files_hold_every_key():
@@ -86,8 +95,24 @@ def test_rl_full_attention(load, capsys):
         (32, "low_confidence_static", "confidence", 128, 512),
     ]
     assert config.evaluation.pad_target_penalty == 1.2, "not given for evaluation: as in rollout"
+    assert (config.dataset.eval_dataset, config.dataset.data_type) == ("MATH500", "math"), "said beside the decoding of evaluation"
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and "experiment.function" in lines[0], "nothing else is without a use"
+
+
+def test_what_is_evaluated_on_under_either_name(load):
+    assert load("rl", RL_DREAM, "dataset.eval_dataset=GSM8K", "evaluation.data_type=exact").dataset.eval_dataset == "GSM8K"
+    assert load("rl", RL_DREAM.replace("MATH500", "${dataset.train_dataset}")).dataset.eval_dataset == "MATH_train"
+    alone = RL_DREAM.replace('"rl_data"\n    data_type: "math"\n', '"rl_data"\n').replace('data_type: "math"', 'data_type: "code"')
+    assert load("rl", alone).dataset.data_type == "code"
+    twice = RL_DREAM.replace('"MATH500"\n    data_type: "math"', '"MATH500"\n    data_type: "code"')
+    with pytest.raises(UserError) as error:
+        load("rl", twice)
+    assert str(error.value) == (
+        "evaluation.data_type: got 'code', but dataset.data_type says 'math': they are one setting, give only one of them"
+    )
+    with pytest.raises(UserError, match="^evaluation.eval_dataset: got 'MATH500', but dataset.eval_dataset says 'AIME2024': they"):
+        load("rl", RL_DREAM.replace('"rl_data"\n', '"rl_data"\n    eval_dataset: "AIME2024"\n'))
 
 
 @pytest.mark.parametrize("method, objective", [("random_masking", "clipped"), ("coupled", "clipped")])
@@ -109,10 +134,58 @@ def test_eval_full_attention(load, capsys):
 
 @pytest.mark.parametrize("method", ["semi-ar", "random_masking", "trace", "ar"])
 def test_sft_full_attention(load, method, capsys):
-    config = load("sft", SFT_DREAM, f"training.method={method}")
+    config = load("sft", SFT_DREAM, f"training.method={method}", "model.model_base=dream")
     t = config.training
     assert (t.method, t.block_size, t.max_gen_length, t.post_num, t.shrink) == (method, 32, 1600, 4, 48)
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().err == f"warning: {WHAT_SFT_BATCHES_BY}\n"
+
+
+def test_how_the_reference_batches_sft_is_said_to_be_unused(load, capsys):
+    """Once, where it says what training.batch_size does not."""
+    dream = "model.model_base=dream"
+    load("sft", SFT_DREAM, dream)
+    load("sft", SFT_DREAM, dream)
+    assert capsys.readouterr().err == f"warning: {WHAT_SFT_BATCHES_BY}\n"
+    config = load("sft", SFT_DREAM, dream, "training.batch_size=16")  # gradient_accumulation_steps is 1
+    assert config.training.batch_size == 16
+    assert capsys.readouterr().err == (
+        "warning: settings that have no use in finetuning: training.batch_size_lm: an optimizer step is training.batch_size=16 "
+        "documents, over all processes\n"
+    )
+    load("sft", to_yaml(load("sft", SFT_DREAM, dream, "training.batch_size=16", "training.batch_size_lm=1")))
+    assert capsys.readouterr().err == "", "a run's own config.yaml holds every setting"
+    load("rl", RL_DREAM)
+    assert "finetuning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["dream", "llada", "mmada", "sdar", "trado"])
+def test_scripts_of_sft_supply_their_family(family, tmp_path, capsys):
+    """Files of the reference for them hold no model_base; one that is given wins."""
+    script, file = f"train/sft_{family}.py", tmp_path / "sft.yaml"
+
+    def family_of(text: str, *overrides: str) -> str:
+        file.write_text(text)
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as leaving:
+            patch.setattr(sys, "path", [""] + sys.path)
+            patch.setattr(sys, "argv", [script, f"config={file}", *overrides, "--print-config"])
+            runpy.run_path(str(ROOT / script), run_name="__main__")
+        assert leaving.value.code == 0
+        return OmegaConf.create(capsys.readouterr().out).model.model_base
+
+    assert family_of(SFT_DREAM) == family_of(SFT_DREAM, "training.seed=1") == family
+    assert family_of(SFT_DREAM, "model.model_base=llada") == "llada"
+    assert family_of(SFT_DREAM.replace("    optimized_name", "    model_base: mmada\n    optimized_name")) == "mmada"
+    assert family_of('model_base: "mmada"\n' + SFT_DREAM) == "mmada"
+
+
+def test_the_default_of_a_script_is_an_argument_of_its_job(tmp_path):
+    """So the processes and machines that it starts get it too."""
+    file = tmp_path / "sft.yaml"
+    file.write_text(SFT_DREAM)
+    arguments = with_default("sft", [f"config={file}", "training.seed=1"], "model.model_base", "dream")
+    assert arguments == [f"config={file}", "training.seed=1", "model.model_base=dream"]
+    assert with_default("sft", arguments, "model.model_base", "llada") == arguments
+    assert with_default("sft", ["--help"], "model.model_base", "dream") == ["--help"]
 
 
 def test_eval_with_the_model_at_the_top(load):

@@ -28,16 +28,18 @@ UPDATES = {
     # Full attention: a response is many rows, each a document that stands alone.
     "dream ddp": ("ddp", "dream"),
     "dream zero3": ("zero3", "dream"),
+    "llada ddp": ("ddp", "llada"),
+    "llada zero3": ("zero3", "llada"),
     "shared prompts ddp": ("ddp", "sdar"),
     "shared prompts zero3": ("zero3", "sdar"),
 }
 """What updates are compared under: a mode and a family."""
 TOKEN_COUNTS = ("train/num_tokens", "train/num_shared_tokens")
-LONGEST = {"sdar": 14, "dream": 16}
+LONGEST = {"sdar": 14, "dream": 16, "llada": 16}
 """Of a response, tokens: a canvas is whole blocks."""
 SETTINGS = ["training.beta=0.1", "training.gradient_checkpointing_enable=true"]
 WHOLE = ["training.max_tokens_per_microbatch=100000"]
-CUT = {"sdar": ["training.max_tokens_per_microbatch=160"], "dream": ["training.max_tokens_per_microbatch=500"]}
+CUT = {family: [f"training.max_tokens_per_microbatch={n}"] for family, n in {"sdar": 160, "dream": 500, "llada": 250}.items()}
 
 
 def settings_of(family: str) -> list[str]:
@@ -164,7 +166,7 @@ def command_line(folder: Path, name: str, *overrides: str) -> list[str]:
     return [*RL_SETTINGS, *files, f"experiment.project={folder / name}", *overrides]
 
 
-ONE = {"sdar": "one", "dream": "dream one"}
+ONE = {"sdar": "one", "dream": "dream one", "llada": "llada one"}
 """By family, the run directory of one process."""
 
 
@@ -183,7 +185,8 @@ def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs["ddp"]["argv"] += ["rollout.deterministic=false", "evaluation.deterministic=false"]  # shared queue
     for name in BFLOAT16:
         runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
-    runs["dream ddp"] = {"argv": command_line(folder, "dream ddp", "model.model_base=dream")}
+    for family in ("dream", "llada"):
+        runs[f"{family} ddp"] = {"argv": command_line(folder, f"{family} ddp", f"model.model_base={family}")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}
     return run_on_ranks("tests.distributed.training_jobs:rl_runs", 2, {"runs": runs})
 
@@ -195,7 +198,7 @@ def metrics(folder: Path, name: str) -> list[dict[str, float]]:
     return [{key: value for key, value in row.items() if not key.startswith(clock)} for row in rows]
 
 
-@pytest.mark.parametrize("name, family", [*((mode, "sdar") for mode in MODES), ("dream ddp", "dream")])
+@pytest.mark.parametrize("name, family", [*((mode, "sdar") for mode in MODES), ("dream ddp", "dream"), ("llada ddp", "llada")])
 def test_an_rl_run_on_two_ranks_is_that_of_one_process(folder, run_of_one_process, runs_of_two_ranks, name, family):
     right, found = metrics(folder, ONE[family]), metrics(folder, name)
     assert len(found) == len(right) == 3

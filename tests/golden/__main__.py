@@ -2,8 +2,9 @@
 
     PASS|FAIL|UNSUPPORTED <set, as its path under DIR> cases=N max_error=X tolerance=Y
 
-DIR has the layout of the golden folder: sdar/<variant>/, objective/<family>/[<variant>/], rewards/, ... Sets that are not
-supported yet say so, and do not count as passed. Indented lines below say why, and which cases differ and for what reason.
+DIR has the layout of the golden folder: sdar/<variant>/, objective/<family>/[<variant>/], rewards/, ...; or it is one part of
+it, known by its name: .../llada, .../objective, .../objective/dream. Sets that are not supported yet say so, and do not count as
+passed. Indented lines below say why, and which cases differ and for what reason.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ def unsupported(root: Path, top: Path) -> list[SetResult]:
 
 
 def check_objective(root: Path, top: Path) -> list[SetResult]:
+    """top: the folder of all families, or of one."""
     results = []
-    for family in sorted(p for p in top.iterdir() if p.is_dir()):
+    for family in [top] if top.parent != root else sorted(p for p in top.iterdir() if p.is_dir()):
         if family.name not in objective.FAMILIES_SUPPORTED:
             results += unsupported(root, family)
             continue
@@ -66,27 +68,40 @@ CHECKS: dict[str, Callable[[Path, Path], list[SetResult]]] = {
 """Part of the golden folder -> what checks it; any other part is reported as unsupported."""
 
 
+def parts_of(folder: Path) -> tuple[Path, list[Path]]:
+    """(golden folder, what is to be checked of it): its parts where `folder` is the whole, else `folder` alone."""
+    if folder.name not in CHECKS:
+        return folder, sorted(p for p in folder.iterdir() if p.is_dir())
+    is_family = folder.parent.name == "objective"
+    return folder.parent.parent if is_family else folder.parent, [folder]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         prog="python -m tests.golden", description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
     parser.add_argument("folder", type=Path)
     arguments = parser.parse_args()
-    root = arguments.folder
-    if not root.is_dir():
-        print(f"error: {root}: no such folder", file=sys.stderr)
+    folder = Path(os.path.abspath(arguments.folder))  # "." has no name
+    if not folder.is_dir():
+        print(f"error: {arguments.folder}: no such folder", file=sys.stderr)
         return 2
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     failed = found = 0
-    for top in sorted(p for p in root.iterdir() if p.is_dir()):
-        for result in CHECKS.get(top.name, unsupported)(root, top):
+    root, parts = parts_of(folder)
+    for part in parts:
+        for result in CHECKS.get(part.relative_to(root).parts[0], unsupported)(root, part):
             print(result.line(), flush=True)
             for note in result.notes:
                 print(f"    {note}")
             found += 1
             failed += result.status == "FAIL"
     if not found:
-        print(f"error: no golden set under {root}: name the folder that holds sdar/, objective/, rewards/, ...", file=sys.stderr)
+        print(
+            f"error: no golden set under {arguments.folder}: name the folder that holds sdar/, objective/, rewards/, ..., or one "
+            "of them",
+            file=sys.stderr,
+        )
         return 2
     return 1 if failed else 0
 

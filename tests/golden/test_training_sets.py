@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.golden import __main__ as command
 from tests.golden import objective, value
 
 DATA = Path(__file__).parent / "data"
@@ -125,3 +126,29 @@ def test_the_command(tmp_path):
     assert run().returncode == 1
     shutil.rmtree(root)
     assert run().returncode == 2
+
+
+def test_a_part_alone(tmp_path, monkeypatch, capsys):
+    """Known by its name, wherever it is started from, and with the lines that the whole has for it."""
+    root = tmp_path / "golden"
+    for family in ["sdar/mine", "sdar/other", "llada"]:
+        source, case = (OBJECTIVE, "tracerl_shrink4_beta0") if "sdar" in family else (CANVASES / "llada", "coupled")
+        (root / "objective" / family).mkdir(parents=True)
+        copy_case(source, ["policy", "old_policy"], case, root / "objective" / family, lambda tensors: None)
+    shutil.copytree(DATA / "mmada", root / "mmada")
+
+    def lines(folder: Path | str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", ["tests.golden", str(folder)])
+        assert command.main() == 0
+        return [line for line in capsys.readouterr().out.splitlines() if not line.startswith(" ")]
+
+    whole = lines(root)
+    names = [line.split()[1] for line in whole]
+    objective = ["objective/llada/coupled", *(f"objective/sdar/{name}/tracerl_shrink4_beta0" for name in ["mine", "other"])]
+    assert names == ["mmada/forward", "mmada/generation", *objective]
+    for part, number in [("mmada", slice(0, 2)), ("objective", slice(2, 5)), ("objective/llada", slice(2, 3))]:
+        assert lines(root / part) == whole[number], part
+    monkeypatch.chdir(root / "objective" / "sdar")
+    assert lines(".") == lines("../sdar") == whole[3:]
+    monkeypatch.setattr(sys, "argv", ["tests.golden", str(root / "mmada" / "model")])
+    assert command.main() == 2 and "or one of them" in capsys.readouterr().err

@@ -44,6 +44,13 @@ class Place:
         self.changes["model.pretrained_model"] = copy
         return copy
 
+    def without_tokens(self, *names: str) -> None:
+        """A copy of the tiny checkpoint in which neither config.json nor the tokenizer names these special tokens."""
+        copy = self.model({f"{name}_id": None for name in names})
+        settings = json.loads((copy / "tokenizer_config.json").read_text())
+        (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k not in names}))
+        (copy / "special_tokens_map.json").unlink(missing_ok=True)
+
     def data(self, key: str, content: Any) -> Path:
         """A data set as `key`: records, or the text of the file."""
         file = self.folder / "data.json"
@@ -146,13 +153,28 @@ def test_stop_token_that_the_tokenizer_does_not_have(place: Place, start: Any):
 
 
 def test_no_stop_token_at_all(place: Place, start: Any):
-    copy = place.model({"eos_token_id": None})
-    settings = json.loads((copy / "tokenizer_config.json").read_text())
-    (copy / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in settings.items() if k != "eos_token"}))
-    special = copy / "special_tokens_map.json"
-    if special.is_file():
-        special.unlink()
+    place.without_tokens("eos_token")
     assert_refused(start, "eval", place, "evaluation.stop_token_list: no token ends a response")
+
+
+def test_no_token_to_fill_responses_up_with(place: Place, start: Any):
+    place.without_tokens("eos_token", "pad_token")
+    place.changes["dataset.eval_dataset"] = "null"
+    assert_refused(start, "sft", place, f"{place.folder}/model: no token to fill responses up with", "add pad_token_id")
+
+
+@pytest.mark.parametrize("key, value, said", [
+    ("hidden_size", None, "hidden_size is missing"),
+    ("mask_token_id", "x", "mask_token_id is 'x', must be a token id"),
+])  # fmt: skip
+def test_damaged_config_json(key: str, value: Any, said: str, place: Place, start: Any):
+    place.model({key: value})
+    assert_refused(start, "rl", place, f"error: {place.folder}/model/config.json: {said}")
+
+
+def test_damaged_index(place: Place, start: Any):
+    (place.model() / "model.safetensors.index.json").write_text("{bad")
+    assert_refused(start, "rl", place, f"error: {place.folder}/model/model.safetensors.index.json: not JSON")
 
 
 def test_truncated_weights(place: Place, start: Any):

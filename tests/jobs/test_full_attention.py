@@ -25,7 +25,7 @@ from tests.jobs.fork_server import ForkServer
 from tests.jobs.test_methods import SAMPLED, SHORT, arguments, check_rise, rate_after
 
 TRAINED = ["dream", "llada"]
-"""MMaDA in text is LLaDA with a larger vocabulary: `test_tracerl` and `test_image_codes_are_neither_written_nor_learnt` run it."""
+"""MMaDA in text is LLaDA with a larger vocabulary: it runs with every method of the reference, and not with every setting."""
 QUICK = "dream"
 """Logits shifted by one, a first token of its own in every block, biases: what differs most from the block models."""
 EXACT_GAP = 1e-4
@@ -128,9 +128,15 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+OF_THE_REFERENCE = ["random_masking", "coupled"]
+"""Beside TraceRL, which `test_tracerl` runs."""
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("family", TRAINED)
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "family, method",
+    [*((family, method) for family in TRAINED for method in METHODS), *(("mmada", method) for method in OF_THE_REFERENCE)],
+)
 def test_other_ways_to_learn(method: str, family: str, train: Train, rate_before: Any):
     _, rows = train(family, METHODS[method])
     check_rise(rows, rate_before(family))

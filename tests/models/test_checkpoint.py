@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import models.checkpoint as checkpoint
 from common.errors import UserError
 from models.checkpoint import load_pretrained, save_pretrained
+from models.config_json import keys_of_shape
 from models.registry import FAMILIES
 from models.tiny import build_tiny
 from models.value import load_value_model
@@ -137,3 +138,133 @@ def test_an_interrupted_write_leaves_the_old_checkpoint(saved, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         save_pretrained(model, {k: v + 1 for k, v in state(model).items()}, path)
     assert (path / "model.safetensors").read_bytes() == before
+
+
+# -- damaged files: one line with file and key
+
+
+SHAPE_KEYS = {
+    "sdar": "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size",
+    "trado": "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size",
+    "dream": "vocab_size hidden_size num_hidden_layers num_attention_heads intermediate_size",
+    "llada": "d_model n_layers n_heads",
+    "mmada": "d_model n_layers n_heads",
+}
+"""What no config.json of the family can do without: LLaDA's may have mlp_ratio and vocab_size in place of two others."""
+
+
+def refusal(path, family: str) -> str:
+    with pytest.raises(UserError) as error:
+        load_pretrained(str(path), family, torch.float32)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.fixture(params=list(SHAPE_KEYS))
+def config_only(request, tmp_path):
+    """(a family, a folder with its tiny model's tokenizer and config.json): the shape is read before the weights."""
+    model = build_tiny(FAMILIES.get(request.param))
+    model.tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(model.config))
+    return request.param, tmp_path
+
+
+def test_keys_of_the_shape(config_only):
+    family, path = config_only
+    whole = (path / "config.json").read_text()
+    assert "no .safetensors file" in refusal(path, family), "nothing else is wrong with it"
+    for key in SHAPE_KEYS[family].split():
+        edit_config(path, **{key: None})
+        missing = f"{path}/config.json: {key} is missing: take it from the published checkpoint's"
+        assert refusal(path, family) == missing
+        (path / "config.json").write_text(json.dumps({**json.loads(whole), key: None}))
+        assert refusal(path, family) == missing
+        (path / "config.json").write_text(whole)
+    keys = {key for names in keys_of_shape(FAMILIES.get(family)).values() for key in names}
+    assert keys >= {*SHAPE_KEYS[family].split(), "rope_theta", "rms_norm_eps"}
+    for key in sorted(keys):
+        for value in ["64", 0, -1, True, [64], {}, float("nan")]:
+            (path / "config.json").write_text(json.dumps({**json.loads(whole), key: value}))
+            meant = "a number above 0" if key.startswith("r") else "a whole number above 0"
+            said = f"{path}/config.json: {key} is {value!r}, must be {meant}: mend it"
+            assert refusal(path, family) == said
+    (path / "config.json").write_text(json.dumps({**json.loads(whole), "vocab_size": 28.5}))
+    assert "config.json: vocab_size is 28.5, must be a whole number" in refusal(path, family)
+
+
+@pytest.mark.parametrize("key", ["rope_theta", "rms_norm_eps"])
+def test_null_numbers(config_only, key):
+    """Written out as null: refused where the family has no other word for it."""
+    family, path = config_only
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), key: None}))
+    with_default = key == "rope_theta" and family not in ("llada", "mmada")  # rope_parameters, or the usual one
+    said = "no .safetensors file" if with_default else f"{path}/config.json: {key} is None, must be a number above 0: mend it"
+    assert said in refusal(path, family)
+
+
+def test_heads_that_do_not_divide(config_only):
+    family, path = config_only
+    whole = json.loads((path / "config.json").read_text())
+    kv, width = ("n_kv_heads", "d_model") if "d_model" in whole else ("num_key_value_heads", "hidden_size")
+    for changes, said in [
+        ({kv: 3}, "4 heads cannot share 3 of keys and values: the one must divide the other"),
+        ({width: 60, "head_dim": 15}, "makes heads 15 wide, must be even"),
+        ({width: 3, "head_dim": None}, "head_dim is "),
+    ]:
+        (path / "config.json").write_text(json.dumps({**whole, **changes}))
+        assert said in refusal(path, family)
+
+
+def test_token_ids(config_only):
+    family, path = config_only
+    whole = json.loads((path / "config.json").read_text())
+    size = whole["vocab_size"]
+    for changes, said in [
+        ({"mask_token_id": "x"}, "config.json: mask_token_id is 'x', must be a token id: mend it"),
+        ({"mask_token_id": [3]}, "config.json: mask_token_id is [3], must be a token id: mend it"),
+        ({"pad_token_id": 1.5}, "config.json: pad_token_id is 1.5, must be a token id: mend it"),
+        ({"pad_token_id": -1}, f"config.json: pad_token_id -1 lies outside the vocabulary of {size}: mend it, or set it to null"),
+        ({"eos_token_id": "<|im_end|>"}, "config.json: eos_token_id is '<|im_end|>', must be a token id: mend it"),
+        ({"eos_token_id": [3, "x"]}, "config.json: eos_token_id is [3, 'x'], must be a token id or a list of them: mend it"),
+        ({"eos_token_id": [3, 4]}, "no .safetensors file"),
+        ({"mask_token_id": size}, f"mask token id {size} lies outside the vocabulary of {size}"),
+    ]:
+        (path / "config.json").write_text(json.dumps({**whole, **changes}))
+        assert said in refusal(path, family), changes
+
+
+@pytest.mark.parametrize("text, said", [("[1, 2]", "got a list, expected an object"), ("{", "not JSON"), ("", "not JSON")])
+def test_files_that_are_no_objects(saved, text, said):
+    path = saved[1]
+    for name, advice in [("config.json", "mend it"), ("model.safetensors.index.json", "download it again, or remove it where")]:
+        before = (path / name).read_text() if (path / name).exists() else None
+        (path / name).write_text(text)
+        message = refusal(path, "sdar")
+        assert message.startswith(f"{path}/{name}: ") and said in message and advice in message
+        (path / name).write_text(before) if before else (path / name).unlink()
+    load_pretrained(str(path), "sdar", torch.float32)
+
+
+@pytest.mark.parametrize("index", [{}, {"weight_map": {}}, {"weight_map": None}, {"weight_map": ["model.safetensors"]},
+                                   {"weight_map": {"x": "model.safetensors", "y": 5}}])  # fmt: skip
+def test_an_index_without_files(saved, index):
+    (saved[1] / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert "index.json: no weight_map from tensors to files: download it again, or remove it" in refusal(saved[1], "sdar")
+
+
+def test_a_shape_that_cannot_be_computed(saved):
+    config = json.loads((saved[1] / "config.json").read_text())
+    del config["rope_theta"]
+    (saved[1] / "config.json").write_text(json.dumps({**config, "rope_parameters": "x"}))
+    assert f"{saved[1]}/config.json: no shape of a sdar model (" in refusal(saved[1], "sdar")
+
+
+def test_no_token_to_fill_up_with():
+    model = build_tiny(FAMILIES.get("sdar"))
+    model.config = {**model.config, "pad_token_id": None, "eos_token_id": None}
+    assert model.fill_id == model.tokenizer.pad_token_id
+    model.tokenizer.pad_token = None
+    assert model.fill_id == model.tokenizer.eos_token_id
+    model.tokenizer.eos_token = None
+    with pytest.raises(UserError, match="no token to fill responses up with: .*: add pad_token_id or eos_token_id to config.json"):
+        assert model.fill_id

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from common.errors import UserError
+from models import checkpoint
 from models.attention import masked_attention
 from models.checkpoint import Pretrained, load_pretrained, save_pretrained
 from models.lora import lora_layers, merge, prepare_for_training
@@ -77,6 +78,41 @@ def test_what_is_written_is_read_back_bit_for_bit(name, changes, tmp_path):
     assert rows == sum(p.shape[0] for p in model.decoder.parameters()), "every row is published once"
 
 
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("name", ["llada", "dream", "mmada"])
+def test_shards_out_and_in(name, tied, tmp_path, monkeypatch):
+    """As published checkpoints of 8B come: an index that names every tensor's file, none of them above the limit."""
+    monkeypatch.setattr(checkpoint, "SHARD_SIZE", "60KB")
+    model = randomised(build_tiny(FAMILIES.get(name), seed=1, tie_word_embeddings=tied))
+    save_pretrained(model, state(model), tmp_path / "model")
+    weight_map = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text())["weight_map"]
+    files = {file: load_file(tmp_path / "model" / file) for file in set(weight_map.values())}
+    assert len(files) > 3 and not (tmp_path / "model" / "model.safetensors").exists()
+    assert all(sum(t.nbytes for t in tensors.values()) <= 60_000 for tensors in files.values())
+    assert weight_map == {tensor: file for file, tensors in files.items() for tensor in tensors}
+    assert set(weight_map) == {piece.published for piece in model.family.pieces(model.decoder.config)}
+    again = load_pretrained(str(tmp_path / "model"), name, torch.float32)
+    assert state(again).keys() == state(model).keys()
+    assert all(torch.equal(p, state(model)[key]) for key, p in state(again).items())
+    # Shards cut elsewhere, as another writer would: three files, every third tensor.
+    names = sorted(weight_map)
+    other = tmp_path / "other"
+    other.mkdir()
+    for file in ["config.json", "tokenizer.json", "tokenizer_config.json"]:
+        (other / file).write_bytes((tmp_path / "model" / file).read_bytes())
+    index = {tensor: f"model-{n % 3}.safetensors" for n, tensor in enumerate(names)}
+    for n in range(3):
+        save_file({tensor: files[weight_map[tensor]][tensor] for tensor in names[n::3]}, other / f"model-{n}.safetensors")
+    (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+    third = load_pretrained(str(other), name, torch.float32)
+    assert all(torch.equal(p, state(model)[key]) for key, p in state(third).items())
+    save_pretrained(third, state(third), tmp_path / "fourth")
+    assert json.loads((tmp_path / "fourth" / "model.safetensors.index.json").read_text())["weight_map"] == weight_map
+    (other / "model-1.safetensors").unlink()
+    with pytest.raises(UserError, match="shard model-1.safetensors, which its index names, is missing"):
+        load_pretrained(str(other), name, torch.float32)
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_every_family_has_a_tiny_model(name):
     """Of the same size and tokenizer, whatever the keys: so that the tiny tasks are the same for all. MMaDA has image codes too."""
@@ -132,6 +168,7 @@ def test_llada_names_and_fused_rows(tmp_path):
         ("mmada", "activation_type", "swiglu"),
         ("mmada", "block_type", "sequential"),
         ("dream", "use_sliding_window", True),
+        ("dream", "use_mrope", True),
         ("dream", "rope_scaling", {"type": "yarn"}),
         ("dream", "hidden_act", "gelu"),
     ],
@@ -139,6 +176,20 @@ def test_llada_names_and_fused_rows(tmp_path):
 def test_what_the_decoder_lacks_is_refused_by_its_key(name, key, value):
     with pytest.raises(UserError, match=f"config.json: {key} .*not supported"):
         build_tiny(FAMILIES.get(name), **{key: value})
+
+
+@pytest.mark.parametrize("name", ["llada", "mmada"])
+def test_an_embedding_of_more_rows_than_words(name, tmp_path):
+    """Of a vocabulary that is padded the decoder has every row: the mask may be any of them."""
+    model = randomised(build_tiny(FAMILIES.get(name), seed=1, vocab_size=48))
+    model.config = {**model.config, "vocab_size": 20, "embedding_size": 48, "mask_token_id": 47}
+    save_pretrained(model, state(model), tmp_path / "model")
+    again = load_pretrained(str(tmp_path / "model"), name, torch.float32)
+    assert again.decoder.config.vocab_size == 48 and again.mask_id == 47
+    assert torch.equal(again.decoder.embed.weight, model.decoder.embed.weight)
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**model.config, "mask_token_id": 48}))
+    with pytest.raises(UserError, match="mask token id 48 lies outside the vocabulary of 48: mend config.json"):
+        load_pretrained(str(tmp_path / "model"), name, torch.float32)
 
 
 def test_llada_config_defaults():

@@ -20,6 +20,7 @@ from sample.canvas_cache import GIB, canvases_that_fit
 from sample.canvas_schedule import blocks_of, dream, even, steps_of
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.queue import SharedQueue
+from sample.registry import UNRANKED
 from sample.unmask import Candidates, low_confidence_dynamic, low_confidence_static
 from tests.sample.canvas_reference import slow_canvas
 from tests.sample.reference import MASK, STOPS, random_decoder, random_requests
@@ -213,6 +214,30 @@ def test_alg_temp_draws_positions_in_proportion() -> None:
         assert abs(found - expected) < 4 * math.sqrt(expected * (1 - expected) / 3000), (left, found, expected)
     best = dataclasses.replace(s, alg_temp=0.0)
     assert len({tuple(r.step_map) for r in build_engine(decoder, family).generate([request], best)}) == 1
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_which_strategies_see_how_positions_are_scored(strategy: str) -> None:
+    """alg_temp, pad_target_penalty and the target change what is revealed, or nothing: what configs/checks.py says of them. With
+    greedy tokens the samples of a task differ where chance ranks the positions, and there alone."""
+    family, decoder = decoder_of("llada", seed=4)
+    request = random_requests([4], num_samples=8)[0]
+    s = settings(max_tokens=12, block_size=6, strategy=strategy, threshold=0.3, entropy_bound=1.5, stop_ids=())
+
+    def sampled(**changes: Any) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+        rollouts = build_engine(decoder, family).generate([request], dataclasses.replace(s, **changes))
+        return {(tuple(r.response_ids), tuple(r.step_map)) for r in rollouts}
+
+    is_ranked = strategy not in UNRANKED
+    plain = sampled()
+    drawn = [token for ids, _ in plain for token in ids]
+    pad_id = max(drawn, key=drawn.count)
+    for changes in [{"alg_temp": 5.0}, {"pad_target_penalty": 9.0, "pad_id": pad_id}, {"target": "random"}]:
+        assert (sampled(**changes) != plain) == is_ranked, changes
+    for greedy in [{"temperature": 0.0}, {"top_k": 1}]:
+        assert len(sampled(**greedy)) == 1
+        for changes in [{"alg_temp": 0.5}, {"target": "random"}]:
+            assert (len({ids for ids, _ in sampled(**greedy, **changes)}) > 1) == is_ranked, (greedy, changes)
 
 
 def test_ranking_and_least_of_the_strategies() -> None:
