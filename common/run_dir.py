@@ -9,6 +9,7 @@ state/           step_000012/: what resuming needs (the newest one is kept)
 results/         evaluations
 cache/           compiled kernels
 report.html
+.run.lock        held by the job that trains here; an evaluation holds .results-NAME.lock (common/run_lock.py)
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from typing import Any, Callable
 from common.errors import UserError
 from common.files import recover_directories, remove_partials
 from common.launch import already_launched
+from common.run_lock import SUFFIX as LOCK_SUFFIX
+from common.run_lock import RunLock
 
 STATE_PREFIX = "step_"
 CACHE = "cache"
@@ -41,6 +44,8 @@ class RunDir:
         self.checkpoints = self.path / "ckpt"
         self.states = self.path / "state"
         self.results = self.path / "results"
+        self.lock = RunLock(self.path / f".run{LOCK_SUFFIX}", f"experiment.project: {self.path}")
+        """Held by the one process that writes the run: rank 0."""
 
     def rollout_file(self, step: int) -> Path:
         """The finished phase: every response of the step, scored."""
@@ -95,6 +100,16 @@ class RunDir:
                     "or go on with it by experiment.start_from_scratch=false"
                 )
 
+    def take(self, config: Any) -> None:
+        """`check`, and hold the directory until `lock.release`. Raises UserError, also where another job holds it."""
+        self.check(config)
+        self.lock.acquire()
+        try:
+            self.check(config)  # again: the last holder may have written in between
+        except UserError:
+            self.lock.release()
+            raise
+
     def check_path(self) -> None:
         """Raises UserError where the path is taken by something that is no run directory, or cannot be made."""
         try:
@@ -103,7 +118,8 @@ class RunDir:
             raise UserError(f"experiment.project: {self.path}: {error.strerror}: choose another name") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"experiment.project: {self.path}: {nearest} is no directory to write in: choose another name")
-        is_new = nearest != self.path or all(path.name == CACHE or path.name.endswith(".partial") for path in self.path.iterdir())
+        names = [path.name for path in self.path.iterdir()] if nearest == self.path else []
+        is_new = all(name == CACHE or name.endswith((".partial", LOCK_SUFFIX)) for name in names)
         if not is_new and not self.config.is_file():
             raise UserError(f"experiment.project: {self.path} exists and is no run directory (no config.yaml): choose another name")
 
@@ -159,6 +175,7 @@ def is_over(config: Any) -> bool:
     if already_launched():
         return False
     directory = RunDir(config.experiment.project)
+    directory.lock.check()
     directory.check(config)
     if not directory.is_finished(config):
         return False

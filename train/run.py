@@ -56,7 +56,8 @@ class Run:
         """total_steps: of the run; temperature: that the trained tokens were sampled under; samples: whether an engine samples
         them beside the training (RL).
 
-        check: what the job asks of its model, called before the weights are read. Until `resume` nothing is written.
+        check: what the job asks of its model, called before the weights are read. The run directory is locked from here to
+        `close`; until `resume` nothing else is written.
         """
         self.config, self.total_steps = config, total_steps
         self.accelerator = dist.make_accelerator(config)
@@ -69,7 +70,7 @@ class Run:
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
-                self.directory.check(config)
+                self.directory.take(config)
         critic = config.model.value_base_model
         if critic is not None and critic != TINY_RANDOM:  # known before the policy is read and prepared
             with dist.main_first(self.accelerator):
@@ -267,3 +268,4 @@ class Run:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
+        self.directory.lock.release()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from common.launch import free_port
 from common.metrics import read_metrics
 from common.records import read_rollouts
+from common.run_dir import RunDir
 from tests.jobs.conftest import listing
 from tests.jobs.fork_server import ForkServer, Job
 
@@ -280,6 +284,34 @@ def test_project_that_is_no_run_directory(job: str, place: Place, start: Any):
     place.project.mkdir()
     (place.project / "thesis.tex").write_text("mine")
     assert_refused(start, job, place, "is no run directory (no config.yaml)")
+
+
+@pytest.mark.parametrize("job", ["rl", "sft"])
+def test_a_directory_that_another_job_trains_in(job: str, place: Place, start: Any):
+    """Before there is a run in it, and with one that is over."""
+    other = RunDir(place.project)
+    other.lock.acquire()
+    words = f"experiment.project: {place.project} is in use by process {os.getpid()} on {socket.gethostname()}, started 20"
+    assert_refused(start, job, place, words)
+    other.lock.release()
+    assert start(job, place).code == 0
+    assert not other.lock.path.exists()
+    other.lock.acquire()
+    assert_refused(start, job, place, words)
+
+
+@pytest.mark.slow
+def test_several_processes_hold_one_lock(place: Place, start: Any):
+    """And whoever comes behind the launcher's look at it (here: a launcher that is not ours) is refused by rank 0."""
+    place.changes["experiment.num_processes"] = 2
+    assert start("rl", place).code == 0
+    other = RunDir(place.project)
+    other.lock.acquire()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    before = listing(place.folder)
+    ended = start("rl", place, alone)
+    assert ended.code == 2 and f"is in use by process {os.getpid()} on " in ended.err, ended.err
+    assert listing(place.folder) == before
 
 
 # ---- the disk
