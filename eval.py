@@ -23,7 +23,7 @@ from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
 from common.run_dir import RunDir, write_text
 from configs.checks import warn_once
-from configs.load import load_config, to_yaml
+from configs.load import load_config
 from data.tasks import load_tasks
 
 
@@ -33,7 +33,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("eval", argv)
     if writes_the_run(link):
-        RunDir(config.experiment.project).check_path()
+        directory, name = RunDir(config.experiment.project), results_name(config)
+        directory.results_lock(name).check()
+        directory.check_results(config, name)
     tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
@@ -48,6 +50,13 @@ def run(config: Any, tasks: list[Task]) -> None:
 
     accelerator = dist.make_accelerator(config, trains=False)
     dist.set_numerics(config, accelerator.device)
+    directory, name = RunDir(config.experiment.project), results_name(config)
+    lock = directory.results_lock(name)
+    with dist.main_first(accelerator):
+        if accelerator.is_main_process:
+            directory.check_path()
+            lock.acquire()
+            directory.check_results(config, name)
     model = load_pretrained(
         config.model.pretrained_model,
         config.model.model_base,
@@ -63,14 +72,16 @@ def run(config: Any, tasks: list[Task]) -> None:
     finally:
         evaluator.close()
     if accelerator.is_main_process:
-        directory = RunDir(config.experiment.project)
-        name = Path(config.dataset.eval_dataset).stem
+        directory.save_config(config, name)  # first: what is there belongs to it, also where this is killed
         file = evaluator.save(results, directory.results, name)
-        write_text(directory.results / f"{name}.config.yaml", to_yaml(config))
-        if not directory.config.is_file():  # a training run's own settings stay: it could not go on without them
-            write_text(directory.config, to_yaml(config))
+        lock.release()
         print(table(results))
         print(f"kept in {file}, responses beside it")
+
+
+def results_name(config: Any) -> str:
+    """What the files in results/ begin with."""
+    return Path(config.dataset.eval_dataset).stem
 
 
 @dataclass

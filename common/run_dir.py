@@ -79,11 +79,16 @@ class RunDir:
                 shutil.rmtree(path, ignore_errors=True)
         barrier()
 
-    def differences(self, config: Any) -> list[str]:
-        """Settings in which the run that is there has another value than `config`; [] where there is none."""
+    def differences(self, config: Any, file: Path | None = None) -> list[str]:
+        """Settings in which the run that is there, or what else `file` holds the settings of, has another value than `config`; []
+        where there is none. The directory's own name is none of them: it may be written otherwise, moved or copied."""
         from configs.load import config_difference
 
-        return config_difference(self.config.read_text(encoding="utf-8"), config) if self.config.is_file() else []
+        file = self.config if file is None else file
+        if not file.is_file():
+            return []
+        different = config_difference(file.read_text(encoding="utf-8"), config)
+        return [one for one in different if not one.startswith("experiment.project: ")]
 
     def check(self, config: Any) -> None:
         """Raises UserError where the run of `config` may not write here. Writes nothing itself.
@@ -95,9 +100,8 @@ class RunDir:
             different = self.differences(config)
             if different:
                 raise UserError(
-                    f"experiment.project: {self.path} holds a run of another config ({different[0]}"
-                    f"{f' and {len(different) - 1} more' if len(different) > 1 else ''}): choose another project, remove it, "
-                    "or go on with it by experiment.start_from_scratch=false"
+                    f"experiment.project: {self.path} holds a run of another config ({_first(different)}): choose another project, "
+                    "remove it, or go on with it by experiment.start_from_scratch=false"
                 )
 
     def take(self, config: Any) -> None:
@@ -109,6 +113,37 @@ class RunDir:
         except UserError:
             self.lock.release()
             raise
+
+    # -- results of eval.py: NAME.config.yaml says what NAME.json and the files beside it are of
+
+    def results_config(self, name: str) -> Path:
+        return self.results / f"{name}.config.yaml"
+
+    def check_results(self, config: Any, name: str) -> None:
+        """Raises UserError where results NAME are there of another config: only the same evaluation writes over itself."""
+        self.check_path()
+        there = f"experiment.project: {self.path} holds results of {name}"
+        what_to_do = f"choose another project, or move {self.results / name}.* away"
+        if self.results_config(name).is_file():
+            different = self.differences(config, self.results_config(name))
+            if different:
+                raise UserError(f"{there} by another config ({_first(different)}): {what_to_do}")
+        elif (self.results / f"{name}.json").is_file():
+            raise UserError(f"{there} by settings that are not known (no {self.results_config(name).name}): {what_to_do}")
+
+    def results_lock(self, name: str) -> RunLock:
+        """Held by an evaluation that will write results NAME. Others may be made beside it, also while the run is trained."""
+        return RunLock(self.path / f".results-{name}{LOCK_SUFFIX}", f"experiment.project: {self.path} (results of {name})")
+
+    def save_config(self, config: Any, name: str) -> None:
+        """Keep the settings of results NAME, and as those of the directory where it has none: a training run's stay."""
+        from configs.load import to_yaml
+
+        write_text(self.results_config(name), to_yaml(config))
+        if not self.config.is_file():
+            write_text(self.config, to_yaml(config))
+
+    # -- the path
 
     def check_path(self) -> None:
         """Raises UserError where the path is taken by something that is no run directory, or cannot be made."""
@@ -181,6 +216,10 @@ def is_over(config: Any) -> bool:
         return False
     print(directory.goodbye(config), flush=True)
     return True
+
+
+def _first(different: list[str]) -> str:
+    return f"{different[0]}{f' and {len(different) - 1} more' if len(different) > 1 else ''}"
 
 
 def write_text(path: Path, text: str) -> None:
