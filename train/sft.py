@@ -113,8 +113,6 @@ class SFTRun:
         self.step_metrics: dict[str, float] = {}
         self.is_solved = False
         self.run.resume(self.restore)
-        if self.is_solved:
-            self.run.total_steps = self.run.step
 
     def restore(self, extra: dict[str, Any]) -> None:
         if extra["data"] != self.fingerprint:
@@ -123,6 +121,8 @@ class SFTRun:
                 "old file back, or start another run directory (experiment.project)"
             )
         self.is_solved = extra["is_solved"]
+        if self.is_solved:
+            self.run.total_steps = self.run.step
 
     def batch(self, step: int) -> list[int]:
         """Responses of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
