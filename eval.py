@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from common.errors import entry_point
+from common.errors import UserError, entry_point
 from common.launch import launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
@@ -63,7 +63,7 @@ def run(config: Any, tasks: list[Task]) -> None:
         dist.weights_dtype(config),
         accelerator.device,
         config.training.seed,
-        check=lambda model: Evaluator.check(config, model),
+        check=lambda model: Evaluator.check(config, model, tasks),
     )
     engine = build_engine(model.decoder, model.family, config.evaluation.max_active, config.rollout.engine)
     evaluator = Evaluator(config, model, engine, accelerator, tasks)
@@ -156,12 +156,13 @@ class Evaluator:
         return cls(run.config, run.model, engine, run.accelerator, tasks, refresh)
 
     @staticmethod
-    def check(config: Any, model: Any) -> None:
-        """Raises UserError where the model cannot be sampled from as `evaluation` says."""
+    def check(config: Any, model: Any, tasks: list[Task]) -> None:
+        """Raises UserError where the model cannot be sampled from as `evaluation` says, or no task can be."""
         from sample.rollout import check_decoding
 
         for decoding in config.evaluation.variants():
             check_decoding(model, decoding, "evaluation", config.model.block_size)
+        check_prompts(config, config.evaluation, model, tasks, "dataset.eval_dataset")
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
         """One result per decoding, the same on every rank."""
@@ -218,6 +219,23 @@ class Evaluator:
 
     def close(self) -> None:
         self.scorer.close()
+
+
+def check_prompts(config: Any, decoding: Any, model: Any, tasks: list[Task], setting: str) -> None:
+    """Raises UserError where every prompt of a data set, named by `setting`, is longer than `training.max_prompt_len`."""
+    from sample.rollout import PromptBuilder
+
+    build, limit, shortest = PromptBuilder(config, decoding, model), config.training.max_prompt_len, math.inf
+    build.max_length = shortest  # those that are too long are wanted too
+    for task in tasks:
+        (request,), _ = build([task], 1)
+        shortest = min(shortest, len(request.prompt_ids))
+        if shortest <= limit:
+            return
+    raise UserError(
+        f"training.max_prompt_len: got {limit}, but all {len(tasks)} prompts of {setting} are longer, the shortest has {shortest} "
+        "tokens: raise it"
+    )
 
 
 def named_variants(evaluation: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -87,7 +88,7 @@ class RLRun:
 
     def __init__(self, config: Any, tasks: list[Task], eval_tasks: list[Task] | None) -> None:
         from data.tasks import TaskCursor
-        from eval import Evaluator
+        from eval import Evaluator, check_prompts
         from reward.scoring import Scorer
         from sample.engine import build_engine
         from sample.rollout import PromptBuilder, check_decoding
@@ -100,8 +101,9 @@ class RLRun:
 
         def check(model: Any) -> None:
             check_decoding(model, config.rollout, "rollout", config.model.block_size)
+            check_prompts(config, config.rollout, model, tasks, "dataset.train_dataset")
             if eval_tasks is not None:
-                Evaluator.check(config, model)
+                Evaluator.check(config, model, eval_tasks)
 
         self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check, samples=True)
         model = self.run.model
@@ -204,7 +206,9 @@ class RLRun:
             self.run.offload.reload()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics and self.run.is_main:
-            warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")
+            reasons = Counter(r.dropped for r in scored)
+            said = ", ".join(f"{reason}: {reasons[reason]}" for reason in sorted(reasons))
+            warn(f"step {step}: every response was dropped ({said}): no update")
         self.step_metrics |= {"train/skipped": float(not metrics), **metrics}
 
     def evaluate(self, step: int) -> None:

@@ -95,7 +95,11 @@ class SFTRun:
         training = config.training
         method = METHODS.get(training.method, "training.method")
         self.objective = OBJECTIVES.get(training.objective or method.objective_of("sft"), "training.objective")
-        check = (lambda model: None) if data.eval_tasks is None else (lambda model: Evaluator.check(config, model))
+
+        def check(model: Any) -> None:
+            if data.eval_tasks is not None:
+                Evaluator.check(config, model, data.eval_tasks)
+
         self.run = Run(config, training.max_steps or 1, temperature=1.0, check=check)
         model, dataset, is_main = self.run.model, config.dataset, self.run.is_main
         self.layout = self.run.trainer.layout

@@ -370,26 +370,56 @@ def test_long_prompts_are_dropped_and_counted(place: Place, start: Any):
     assert all(len(r.prompt_ids) <= 16 for r in rollouts)
 
 
-def test_prompts_that_are_all_too_long_skip_the_step(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
-    place.changes["evaluation.if_eval"] = "false"
+def test_a_step_whose_prompts_are_all_too_long_is_skipped(place: Place, start: Any):
+    """One task of 14 would fit: at least one of two steps of four tasks does without it, and says why."""
+    records = json.loads((place.jobs_dir / "train.json").read_text())
+    for record in records[1:]:
+        record["question"] = record["question"].replace("=", "0" * 20 + "=")
+    place.data("dataset.train_dataset", records)
+    place.changes |= {"training.max_prompt_len": 16, "evaluation.if_eval": "false"}
     ended = start("rl", place)
     assert ended.code == 0, ended.err
-    assert "warning: step 1: every response was dropped" in ended.err
     rows = read_metrics(place.project)
-    assert [row["train/skipped"] for row in rows] == [1, 1]
-    assert [row["rollout/dropped_groups_prompt_too_long"] for row in rows] == [4, 4]
+    skipped = [row["step"] for row in rows if row["rollout/dropped_groups_prompt_too_long"] == 4]
+    assert skipped and all(rows[step - 1]["train/skipped"] == 1 for step in skipped)
+    for step in skipped:
+        assert f"warning: step {step}: every response was dropped (prompt too long: 4): no update" in ended.error_lines
 
 
 def test_evaluation_says_once_how_many_prompts_are_too_long(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
+    records = json.loads((place.jobs_dir / "test.json").read_text())
+    for record in records[:4]:
+        record["question"] = record["question"].replace("=", "0" * 20 + "=")
+    place.data("dataset.eval_dataset", records)
+    place.changes["training.max_prompt_len"] = 16
     ended = start("eval", place)
     assert ended.code == 0, ended.err
-    said = "warning: 6 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=3: they are not sampled and count as"
-    assert ended.error_lines == [f"{said} not solved"], "three decodings"
-    assert [result["accuracy"] for result in json.loads((place.project / "results" / "test.json").read_text())] == [0, 0, 0]
+    said = "4 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=16: they are not sampled and count as not solved"
+    assert ended.error_lines == [f"warning: {said}"], "three decodings"
+    results = json.loads((place.project / "results" / "data.json").read_text())
+    assert [(result["num_responses"], result["num_prompts_too_long"]) for result in results] == [(8, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    "job, key, number",
+    [("rl", "dataset.train_dataset", 14), ("rl", "dataset.eval_dataset", 3), ("eval", "dataset.eval_dataset", 6)],
+)
+def test_prompts_that_are_all_too_long(job: str, key: str, number: int, place: Place, start: Any):
+    """Prompts of the tiny model are a token per character."""
+    name = "train" if key == "dataset.train_dataset" else "test"
+    records = json.loads((place.jobs_dir / f"{name}.json").read_text())[:number]
+    if (job, name) == ("rl", "test"):  # some to train on, none to evaluate on
+        for record in records:
+            record["question"] = record["question"].replace("=", "0" * 20 + "=")
+        place.changes["training.max_prompt_len"] = limit = 16
+    else:
+        place.changes["training.max_prompt_len"] = limit = 2
+    place.data(key, records)
+    shortest = min(len(record["question"]) for record in records)
+    said = f"training.max_prompt_len: got {limit}, but all {number} prompts of {key} are longer, the shortest has {shortest} tokens"
+    assert_refused(start, job, place, said)
 
 
 def test_sft_with_prompts_that_are_all_too_long(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
+    place.changes |= {"training.max_prompt_len": 3, "dataset.eval_dataset": "null"}
     assert_refused(start, "sft", place, "every prompt is longer than training.max_prompt_len")

@@ -25,7 +25,7 @@ def test_groups_that_are_all_alike_skip_the_step(server: ForkServer, settings: A
     job = server.run("rl.py", settings("rl", tmp_path / "run", {"rollout.top_p": 1e-6, "experiment.total_step": 3}))
     assert job.code == 0, job.err
     assert job.error_lines == [
-        f"warning: step {step}: every response was dropped (all right, all wrong or too long): no update" for step in (1, 2, 3)
+        f"warning: step {step}: every response was dropped (all rewards equal: 16): no update" for step in (1, 2, 3)
     ]
     rows = read_metrics(tmp_path / "run")
     assert [row["train/skipped"] for row in rows] == [1, 1, 1]
