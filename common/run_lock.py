@@ -39,9 +39,10 @@ os.register_at_fork(after_in_child=_forget_in_child)
 class RunLock:
     """A lock that its holder keeps until `release`, its own end, or the end of this object."""
 
-    def __init__(self, path: Path, what: str) -> None:
-        """path: of the file, made where it is not there, its folders too; what: is held, for messages ("runs/x")."""
-        self.path, self.what = path, what
+    def __init__(self, path: Path, what: str, instead: str = "another run directory (experiment.project)") -> None:
+        """path: of the file, made where it is not there, its folders too. For messages: what is held ("runs/x"), and what somebody
+        may choose instead of it."""
+        self.path, self.what, self.instead = path, what, instead
         self._release: weakref.finalize | None = None
 
     def check(self) -> None:
@@ -83,7 +84,7 @@ class RunLock:
             _remove_empty(made)
             if is_disk_full(error):
                 raise
-            raise UserError(f"{self.what}: cannot be made ({error.strerror}: {error.filename}): choose another name") from error
+            raise UserError(f"{self.what}: cannot be made ({error.strerror}: {error.filename}): choose {self.instead}") from error
         _held.add(descriptor)
         self._release = weakref.finalize(self, _release, descriptor, self.path, os.getpid(), made)
 
@@ -121,8 +122,7 @@ class RunLock:
         except (OSError, UnicodeDecodeError):
             holder = ""
         raise UserError(
-            f"{self.what} is in use by {holder or 'another process'}: wait until it has ended, end it, or choose another "
-            "run directory (experiment.project)"
+            f"{self.what} is in use by {holder or 'another process'}: wait until it has ended, end it, or choose {self.instead}"
         )
 
     def _make_folders(self, made: list[Path]) -> None:

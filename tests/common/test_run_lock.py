@@ -135,7 +135,7 @@ def test_a_file_that_its_last_holder_has_removed_is_not_the_lock(tmp_path: Path,
 
 @pytest.mark.parametrize("place", ["/proc/foo/.run.lock", "/proc/self/foo/bar/.run.lock", "/dev/null/x/.run.lock"])
 def test_a_place_where_nothing_can_be_made(place: str):
-    with pytest.raises(UserError, match=r"^it: cannot be made \(.*choose another name"):
+    with pytest.raises(UserError, match=r"^it: cannot be made \(.*: choose another run directory"):
         RunLock(Path(place), "it").acquire()
 
 

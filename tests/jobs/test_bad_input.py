@@ -394,8 +394,8 @@ def test_evaluation_says_once_how_many_prompts_are_too_long(place: Place, start:
     place.changes["training.max_prompt_len"] = 16
     ended = start("eval", place)
     assert ended.code == 0, ended.err
-    said = "4 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=16: they are not sampled and count as not solved"
-    assert ended.error_lines == [f"warning: {said}"], "three decodings"
+    said = "warning: 4 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=16: they are not sampled and count"
+    assert ended.error_lines == [f"{said} as not solved"], "three decodings"
     results = json.loads((place.project / "results" / "data.json").read_text())
     assert [(result["num_responses"], result["num_prompts_too_long"]) for result in results] == [(8, 4)] * 3
 
