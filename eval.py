@@ -25,6 +25,8 @@ from common.run_dir import RunDir, write_text
 from configs.checks import warn_once
 from configs.load import load_config
 from data.tasks import load_tasks
+from models.names import check_models
+from reward.registry import REWARDS, check_function
 
 
 @entry_point
@@ -37,6 +39,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
         directory.results_lock(name).check()
         directory.check_results(config, name)
     tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+    check_function(config.reward)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config, uses_judge=not REWARDS.get(config.dataset.data_type).has_outcome)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     run(config, tasks)

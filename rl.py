@@ -19,6 +19,7 @@ from common.launch import already_launched, launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
 from common.run_dir import RunDir, is_over
+from models.names import check_models
 
 
 @entry_point
@@ -33,6 +34,8 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     tasks, eval_tasks = load_data(config)
     if writes_the_run(link):
         make_missing_model(config)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config, uses_judge=True)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     rl = RLRun(config, tasks, eval_tasks)
@@ -50,7 +53,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
 def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
     """The tasks to learn from, and those to evaluate on: before anything long, so that mistakes in them show at once."""
     from data.tasks import load_tasks
+    from reward.registry import check_function
 
+    check_function(config.reward)
     tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)
     if config.rollout.num_task_per_step > len(tasks):
         raise UserError(

@@ -31,6 +31,8 @@ CACHE = "cache"
 """Filled by libraries, maybe before anything else is here."""
 STATE_FILE = "run.json"
 """In a state's folder: the counters of the run, beside what common/state.py writes."""
+STATE_KEYS = ("step", "finished", "num_optimizer_steps", "extra")
+"""Of the counters those that going on needs (train/run.py)."""
 
 
 class RunDir:
@@ -82,12 +84,25 @@ class RunDir:
     def differences(self, config: Any, file: Path | None = None) -> list[str]:
         """Settings in which the run that is there, or what else `file` holds the settings of, has another value than `config`; []
         where there is none. The directory's own name is none of them: it may be written otherwise, moved or copied."""
+        import yaml
+        from omegaconf.errors import OmegaConfBaseException
+
         from configs.load import config_difference
 
         file = self.config if file is None else file
         if not file.is_file():
             return []
-        different = config_difference(file.read_text(encoding="utf-8"), config)
+        try:
+            text = file.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError("it is empty")
+            different = config_difference(text, config)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, AttributeError) as error:  # the last: of a list
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{file}: cannot be read as settings ({reason}): put back what the run was started with (its command with "
+                "--print-config prints it), or choose another project"
+            ) from error
         return [one for one in different if not one.startswith("experiment.project: ")]
 
     def check(self, config: Any) -> None:
@@ -178,9 +193,19 @@ class RunDir:
         return sorted(file for file in files if int(file.name.removeprefix(STATE_PREFIX).partition(".")[0]) > step)
 
     def read_state(self) -> dict[str, Any] | None:
-        """The counters of the newest state; None where there is none."""
+        """The counters of the newest state; None where there is none. Raises UserError where they cannot be read."""
         folder = self.latest_state()
-        return None if folder is None else json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if folder is None:
+            return None
+        file = folder / STATE_FILE
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise broken_state(file, getattr(error, "strerror", None) or str(error)) from error
+        missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
+        if missing:
+            raise broken_state(file, f"{missing[0]!r} is not in it")
+        return state
 
     def latest_step(self) -> int:
         """The step that a resumed run starts behind."""
@@ -200,6 +225,15 @@ class RunDir:
     def goodbye(self, config: Any) -> str:
         """What a finished run says of itself."""
         return f"finished: weights in {self.checkpoints / config.model.optimized_name}, curves in {self.path / 'report.html'}"
+
+
+def broken_state(file: Path, reason: str) -> UserError:
+    """Of a file of a state that was damaged: a state gets its name when it is whole."""
+    folder = next((folder for folder in file.parents if folder.name.startswith(STATE_PREFIX)), file.parent)
+    return UserError(
+        f"{file}: cannot be read ({reason}), the state is not whole: put it back from a copy, or remove {folder} and the run goes "
+        "on from an older state, or begins again where there is none"
+    )
 
 
 def is_over(config: Any) -> bool:

@@ -25,6 +25,8 @@ from common.records import Task
 from common.run_dir import is_over
 from data.sft import SFTRecord, load_sft, split
 from data.tasks import load_tasks
+from models.names import check_models
+from reward.registry import check_function
 from train.methods import METHODS
 
 
@@ -40,6 +42,8 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     if writes_the_run(link) and is_over(config):
         return
     data = load_data(config)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     sft = SFTRun(config, data)
@@ -78,6 +82,8 @@ def load_data(config: Any) -> SFTData:
                     "--sample-steps MODEL` makes them, or choose semi-ar"
                 )
     evaluates = config.evaluation.if_eval and dataset.eval_dataset
+    if evaluates:
+        check_function(config.reward)
     return SFTData(records, validation, load_tasks(dataset.eval_dataset, dataset.data_type) if evaluates else None)
 
 

@@ -170,6 +170,21 @@ def test_weights_of_another_shape(place: Place, start: Any):
     assert_refused(start, "rl", place, "model.layers.0.mlp.gate_proj.weight has shape")
 
 
+def test_a_model_that_another_job_makes(place: Place, start: Any):
+    place.changes["model.pretrained_model"] = place.folder / "nowhere"
+    words = f"no directory {place.folder}/nowhere: `python rl.py config=configs/rl_tiny.yaml` makes it"
+    assert_refused(start, "eval", place, words)
+
+
+@pytest.mark.parametrize("job", ["rl", "eval"])
+def test_missing_judge(job: str, place: Place, start: Any):
+    """Not only when the first answers are graded."""
+    place.changes["model.process_reward_model"] = place.folder / "nowhere"
+    if job == "eval":
+        place.changes["dataset.data_type"] = "judge"
+    assert_refused(start, job, place, f"error: model.process_reward_model: no directory {place.folder}/nowhere")
+
+
 # ---- data
 
 
@@ -234,6 +249,23 @@ def test_settings(changes: dict[str, Any], words: list[str], place: Place, start
     assert_refused(start, "rl", place, *words)
 
 
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("missing", "has no function 'missing'"),
+        ("two", "takes (task, text), but is called with (task, response_text, rollout): too many positional arguments"),
+        ("keyword", "takes (task, text, rollout, *, scale), but is called with (task, response_text, rollout): missing a required"),
+    ],
+)
+def test_a_reward_that_cannot_be_called(job: str, name: str, words: str, place: Place, start: Any):
+    """Known before the model, which is not there, is looked for."""
+    file = place.folder / "rewards.py"
+    file.write_text("def two(task, text): ...\n\n\ndef keyword(task, text, rollout, *, scale): ...\n")
+    place.changes |= {"reward.function": f"{file}:{name}", "model.pretrained_model": place.folder / "nowhere"}
+    assert_refused(start, job, place, "reward.function: ", words)
+
+
 def test_deepspeed_files_are_listed(place: Place, start: Any):
     from common.deepspeed_files import deepspeed_file_names
 
@@ -277,6 +309,38 @@ def test_project_below_a_file(job: str, place: Place, start: Any):
     (place.folder / "file").write_text("mine")
     place.changes["experiment.project"] = place.folder / "file" / "run"
     assert_refused(start, job, place, "experiment.project", f"{place.folder}/file is no directory")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_project_that_cannot_be_made(job: str, place: Place, start: Any):
+    """Known before the weights, which are not there, are read."""
+    place.model(without=("model.safetensors",))
+    place.changes["experiment.project"] = "/proc/foo"
+    assert_refused(start, job, place, "experiment.project: /proc/foo", "cannot be made (No such file or directory: /proc/foo)")
+
+
+def test_a_run_directory_that_was_damaged(place: Place, start: Any):
+    """Whatever of it cannot be read is named; with everything in its place the run goes on."""
+    assert start("rl", place).code == 0
+    place.changes |= {"experiment.total_step": 3, "experiment.start_from_scratch": "false"}
+    state = place.project / "state" / "step_000002"
+    for file, content, words in [
+        (state / "run.json", None, "run.json: cannot be read (No such file or directory), the state is not whole"),
+        (state / "run.json", b'{"step": 2', "run.json: cannot be read (Expecting"),
+        (state / "state.bin", 100, "state.bin: cannot be read (PytorchStreamReader failed reading zip archive"),
+        (state / "trained_0_0.bin", 1000, f"remove {state} and the run goes on from an older state"),
+        (state / "trained_0_0.bin", 0, "trained_0_0.bin: cannot be read ("),
+        (place.project / "config.yaml", b"a: [", "config.yaml: cannot be read as settings (while parsing a flow node"),
+    ]:
+        whole = file.read_bytes()
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(whole[:content] if isinstance(content, int) else content)
+        assert_refused(start, "rl", place, words)
+        file.write_bytes(whole)
+    ended = start("rl", place)
+    assert ended.code == 0 and "behind step 2" in ended.out, ended.err
 
 
 @pytest.mark.parametrize("job", JOBS)
