@@ -88,7 +88,8 @@ def test_a_half_finetuned_model_is_finished_first(finished: bool, tmp_path: Path
     assert prepare(made) == 1, "killed before its first state"
     state = tmp_path / "sft" / "state" / "step_000030"
     state.mkdir(parents=True)
-    (state / "run.json").write_text(json.dumps({"finished": finished}))
+    counters = {"step": 30, "finished": finished, "num_optimizer_steps": 30, "extra": {}}
+    (state / "run.json").write_text(json.dumps(counters))
     assert prepare(made) == (0 if finished else 1)
     (tmp_path / "other").mkdir()
     assert prepare(tmp_path / "other") == 0, "another model"
