@@ -17,14 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from common.errors import entry_point
+from common.errors import UserError, entry_point
 from common.launch import launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
 from common.run_dir import RunDir, write_text
 from configs.checks import warn_once
-from configs.load import load_config, to_yaml
+from configs.load import load_config
 from data.tasks import load_tasks
+from models.names import check_models
+from reward.registry import REWARDS, check_function
 
 
 @entry_point
@@ -33,8 +35,13 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("eval", argv)
     if writes_the_run(link):
-        RunDir(config.experiment.project).check_path()
+        directory, name = RunDir(config.experiment.project), results_name(config)
+        directory.results_lock(name).check()
+        directory.check_results(config, name)
     tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+    check_function(config.reward)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config, uses_judge=not REWARDS.get(config.dataset.data_type).has_outcome)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     run(config, tasks)
@@ -48,13 +55,20 @@ def run(config: Any, tasks: list[Task]) -> None:
 
     accelerator = dist.make_accelerator(config, trains=False)
     dist.set_numerics(config, accelerator.device)
+    directory, name = RunDir(config.experiment.project), results_name(config)
+    lock = directory.results_lock(name)
+    with dist.main_first(accelerator):
+        if accelerator.is_main_process:
+            directory.check_path()
+            lock.acquire()
+            directory.check_results(config, name)
     model = load_pretrained(
         config.model.pretrained_model,
         config.model.model_base,
         dist.weights_dtype(config),
         accelerator.device,
         config.training.seed,
-        check=lambda model: Evaluator.check(config, model),
+        check=lambda model: Evaluator.check(config, model, tasks),
     )
     engine = build_engine(model.decoder, model.family, config.evaluation.max_active, config.rollout.engine)
     evaluator = Evaluator(config, model, engine, accelerator, tasks)
@@ -63,14 +77,16 @@ def run(config: Any, tasks: list[Task]) -> None:
     finally:
         evaluator.close()
     if accelerator.is_main_process:
-        directory = RunDir(config.experiment.project)
-        name = Path(config.dataset.eval_dataset).stem
+        directory.save_config(config, name)  # first: what is there belongs to it, also where this is killed
         file = evaluator.save(results, directory.results, name)
-        write_text(directory.results / f"{name}.config.yaml", to_yaml(config))
-        if not directory.config.is_file():  # a training run's own settings stay: it could not go on without them
-            write_text(directory.config, to_yaml(config))
+        lock.release()
         print(table(results))
         print(f"kept in {file}, responses beside it")
+
+
+def results_name(config: Any) -> str:
+    """What the files in results/ begin with."""
+    return Path(config.dataset.eval_dataset).stem
 
 
 @dataclass
@@ -145,12 +161,13 @@ class Evaluator:
         return cls(run.config, run.model, engine, run.accelerator, tasks, refresh)
 
     @staticmethod
-    def check(config: Any, model: Any) -> None:
-        """Raises UserError where the model cannot be sampled from as `evaluation` says."""
+    def check(config: Any, model: Any, tasks: list[Task]) -> None:
+        """Raises UserError where the model cannot be sampled from as `evaluation` says, or no task can be."""
         from sample.rollout import check_decoding
 
         for decoding in config.evaluation.variants():
             check_decoding(model, decoding, "evaluation", config.model.block_size)
+        check_prompts(config, config.evaluation, model, tasks, "dataset.eval_dataset")
 
     def __call__(self, weights_version: int) -> list[EvalResult]:
         """One result per decoding, the same on every rank."""
@@ -207,6 +224,23 @@ class Evaluator:
 
     def close(self) -> None:
         self.scorer.close()
+
+
+def check_prompts(config: Any, decoding: Any, model: Any, tasks: list[Task], setting: str) -> None:
+    """Raises UserError where every prompt of a data set, named by `setting`, is longer than `training.max_prompt_len`."""
+    from sample.rollout import PromptBuilder
+
+    build, limit, shortest = PromptBuilder(config, decoding, model), config.training.max_prompt_len, math.inf
+    build.max_length = shortest  # those that are too long are wanted too
+    for task in tasks:
+        (request,), _ = build([task], 1)
+        shortest = min(shortest, len(request.prompt_ids))
+        if shortest <= limit:
+            return
+    raise UserError(
+        f"training.max_prompt_len: got {limit}, but all {len(tasks)} prompts of {setting} are longer, the shortest has {shortest} "
+        "tokens: raise it"
+    )
 
 
 def named_variants(evaluation: Any) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import Any, Callable
 
@@ -18,6 +19,7 @@ from common.launch import already_launched, launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
 from common.run_dir import RunDir, is_over
+from models.names import check_models
 
 
 @entry_point
@@ -32,6 +34,8 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     tasks, eval_tasks = load_data(config)
     if writes_the_run(link):
         make_missing_model(config)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config, uses_judge=True)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     rl = RLRun(config, tasks, eval_tasks)
@@ -49,7 +53,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
 def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
     """The tasks to learn from, and those to evaluate on: before anything long, so that mistakes in them show at once."""
     from data.tasks import load_tasks
+    from reward.registry import check_function
 
+    check_function(config.reward)
     tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)
     if config.rollout.num_task_per_step > len(tasks):
         raise UserError(
@@ -87,7 +93,7 @@ class RLRun:
 
     def __init__(self, config: Any, tasks: list[Task], eval_tasks: list[Task] | None) -> None:
         from data.tasks import TaskCursor
-        from eval import Evaluator
+        from eval import Evaluator, check_prompts
         from reward.scoring import Scorer
         from sample.engine import build_engine
         from sample.rollout import PromptBuilder, check_decoding
@@ -100,8 +106,9 @@ class RLRun:
 
         def check(model: Any) -> None:
             check_decoding(model, config.rollout, "rollout", config.model.block_size)
+            check_prompts(config, config.rollout, model, tasks, "dataset.train_dataset")
             if eval_tasks is not None:
-                Evaluator.check(config, model)
+                Evaluator.check(config, model, eval_tasks)
 
         self.run = Run(config, config.experiment.total_step, config.rollout.temperature, check, samples=True)
         model = self.run.model
@@ -204,7 +211,9 @@ class RLRun:
             self.run.offload.reload()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics and self.run.is_main:
-            warn(f"step {step}: every response was dropped (all right, all wrong or too long): no update")
+            reasons = Counter(r.dropped for r in scored)
+            said = ", ".join(f"{reason}: {reasons[reason]}" for reason in sorted(reasons))
+            warn(f"step {step}: every response was dropped ({said}): no update")
         self.step_metrics |= {"train/skipped": float(not metrics), **metrics}
 
     def evaluate(self, step: int) -> None:

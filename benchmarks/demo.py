@@ -1,6 +1,6 @@
 """The main job on the embedded tiny model: `make demo`. SFT from random weights, TraceRL, evaluation with both decodings.
 
-    python -m benchmarks.demo            one run, in runs/demo
+    python -m benchmarks.demo            one run, in runs/demo; what is there is kept as runs/demo-1, -2, ...
     python -m benchmarks.demo --seeds    three other seeds, and a control whose rewards are permuted within groups
 
 Everything runs through the same commands that a user types, as processes of their own.
@@ -9,15 +9,17 @@ Everything runs through the same commands that a user types, as processes of the
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from common.errors import entry_point
 from common.metrics import read_metrics
+from common.run_lock import RunLock
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLED, GREEDY = "low_confidence_dynamic-top_k0", "low_confidence_dynamic-top_k1"
@@ -54,7 +56,7 @@ def shared_caches(folder: Path) -> dict[str, str]:
 
 def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False) -> dict[str, float | str]:
     """SFT, RL and evaluation of one seed; returns what the table shows."""
-    shutil.rmtree(ROOT / folder, ignore_errors=True)
+    lock = set_aside(ROOT / folder)
     sft, rl, caches = folder / "sft", folder / "rl", shared_caches(folder)
     seconds = {}
     arguments = ["config=configs/sft_tiny.yaml", f"experiment.project={sft}", f"training.seed={seed}"]
@@ -71,7 +73,23 @@ def one_run(folder: Path, seed: int, control: bool = False, quiet: bool = False)
     before = evaluate(folder / "eval_before", model, quiet, caches)
     seconds["rl"] = call("rl.py", *arguments, quiet=quiet, environment=caches)
     after = evaluate(folder / "eval_after", rl / "ckpt" / "optimized", quiet, caches)
+    lock.release()
     return {"seed": f"{seed}{' permuted' if control else ''}", "before": before, "after": after, "seconds": seconds}
+
+
+def set_aside(folder: Path) -> RunLock:
+    """Give what an earlier demo has left in `folder` another name, FOLDER-1, FOLDER-2, ..., and hold the empty place. Raises
+    UserError where a demo is at work there."""
+    lock = RunLock(folder / ".demo.lock", str(folder), "another place (--folder)")
+    lock.check()
+    if folder.exists():
+        kept = next(
+            place for place in (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(1)) if not place.exists()
+        )
+        folder.rename(kept)
+        print(f"the earlier {folder} is kept as {kept}", flush=True)
+    lock.acquire()
+    return lock
 
 
 def evaluate(folder: Path, model: Path, quiet: bool, environment: dict[str, str] | None = None) -> dict[str, dict[str, float]]:
@@ -105,6 +123,7 @@ def row(result: dict) -> str:
 HEAD = f"{'seed':>16}  sampled         greedy          tokens/forward  SFT + RL"
 
 
+@entry_point
 def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.demo", description=__doc__, formatter_class=argparse.RawTextHelpFormatter

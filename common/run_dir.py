@@ -9,6 +9,7 @@ state/           step_000012/: what resuming needs (the newest one is kept)
 results/         evaluations
 cache/           compiled kernels
 report.html
+.run.lock        held by the job that trains here; an evaluation holds .results-NAME.lock (common/run_lock.py)
 """
 
 from __future__ import annotations
@@ -22,12 +23,16 @@ from typing import Any, Callable
 from common.errors import UserError
 from common.files import recover_directories, remove_partials
 from common.launch import already_launched
+from common.run_lock import SUFFIX as LOCK_SUFFIX
+from common.run_lock import RunLock
 
 STATE_PREFIX = "step_"
 CACHE = "cache"
 """Filled by libraries, maybe before anything else is here."""
 STATE_FILE = "run.json"
 """In a state's folder: the counters of the run, beside what common/state.py writes."""
+STATE_KEYS = ("step", "finished", "num_optimizer_steps", "extra")
+"""Of the counters those that going on needs (train/run.py)."""
 
 
 class RunDir:
@@ -41,6 +46,8 @@ class RunDir:
         self.checkpoints = self.path / "ckpt"
         self.states = self.path / "state"
         self.results = self.path / "results"
+        self.lock = RunLock(self.path / f".run{LOCK_SUFFIX}", f"experiment.project: {self.path}")
+        """Held by the one process that writes the run: rank 0."""
 
     def rollout_file(self, step: int) -> Path:
         """The finished phase: every response of the step, scored."""
@@ -74,11 +81,29 @@ class RunDir:
                 shutil.rmtree(path, ignore_errors=True)
         barrier()
 
-    def differences(self, config: Any) -> list[str]:
-        """Settings in which the run that is there has another value than `config`; [] where there is none."""
+    def differences(self, config: Any, file: Path | None = None) -> list[str]:
+        """Settings in which the run that is there, or what else `file` holds the settings of, has another value than `config`; []
+        where there is none. The directory's own name is none of them: it may be written otherwise, moved or copied."""
+        import yaml
+        from omegaconf.errors import OmegaConfBaseException
+
         from configs.load import config_difference
 
-        return config_difference(self.config.read_text(encoding="utf-8"), config) if self.config.is_file() else []
+        file = self.config if file is None else file
+        if not file.is_file():
+            return []
+        try:
+            text = file.read_text(encoding="utf-8")
+            if not text.strip():
+                raise ValueError("it is empty")
+            different = config_difference(text, config)
+        except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, AttributeError) as error:  # the last: of a list
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"{file}: cannot be read as settings ({reason}): put back what the run was started with (its command with "
+                "--print-config prints it), or choose another project"
+            ) from error
+        return [one for one in different if not one.startswith("experiment.project: ")]
 
     def check(self, config: Any) -> None:
         """Raises UserError where the run of `config` may not write here. Writes nothing itself.
@@ -90,10 +115,50 @@ class RunDir:
             different = self.differences(config)
             if different:
                 raise UserError(
-                    f"experiment.project: {self.path} holds a run of another config ({different[0]}"
-                    f"{f' and {len(different) - 1} more' if len(different) > 1 else ''}): choose another project, remove it, "
-                    "or go on with it by experiment.start_from_scratch=false"
+                    f"experiment.project: {self.path} holds a run of another config ({_first(different)}): choose another project, "
+                    "remove it, or go on with it by experiment.start_from_scratch=false"
                 )
+
+    def take(self, config: Any) -> None:
+        """`check`, and hold the directory until `lock.release`. Raises UserError, also where another job holds it."""
+        self.check(config)
+        self.lock.acquire()
+        try:
+            self.check(config)  # again: the last holder may have written in between
+        except UserError:
+            self.lock.release()
+            raise
+
+    # -- results of eval.py: NAME.config.yaml says what NAME.json and the files beside it are of
+
+    def results_config(self, name: str) -> Path:
+        return self.results / f"{name}.config.yaml"
+
+    def check_results(self, config: Any, name: str) -> None:
+        """Raises UserError where results NAME are there of another config: only the same evaluation writes over itself."""
+        self.check_path()
+        there = f"experiment.project: {self.path} holds results of {name}"
+        what_to_do = f"choose another project, or move {self.results / name}.* away"
+        if self.results_config(name).is_file():
+            different = self.differences(config, self.results_config(name))
+            if different:
+                raise UserError(f"{there} by another config ({_first(different)}): {what_to_do}")
+        elif (self.results / f"{name}.json").is_file():
+            raise UserError(f"{there} by settings that are not known (no {self.results_config(name).name}): {what_to_do}")
+
+    def results_lock(self, name: str) -> RunLock:
+        """Held by an evaluation that will write results NAME. Others may be made beside it, also while the run is trained."""
+        return RunLock(self.path / f".results-{name}{LOCK_SUFFIX}", f"experiment.project: {self.path} (results of {name})")
+
+    def save_config(self, config: Any, name: str) -> None:
+        """Keep the settings of results NAME, and as those of the directory where it has none: a training run's stay."""
+        from configs.load import to_yaml
+
+        write_text(self.results_config(name), to_yaml(config))
+        if not self.config.is_file():
+            write_text(self.config, to_yaml(config))
+
+    # -- the path
 
     def check_path(self) -> None:
         """Raises UserError where the path is taken by something that is no run directory, or cannot be made."""
@@ -103,7 +168,8 @@ class RunDir:
             raise UserError(f"experiment.project: {self.path}: {error.strerror}: choose another name") from error
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"experiment.project: {self.path}: {nearest} is no directory to write in: choose another name")
-        is_new = nearest != self.path or all(path.name == CACHE or path.name.endswith(".partial") for path in self.path.iterdir())
+        names = [path.name for path in self.path.iterdir()] if nearest == self.path else []
+        is_new = all(name == CACHE or name.endswith((".partial", LOCK_SUFFIX)) for name in names)
         if not is_new and not self.config.is_file():
             raise UserError(f"experiment.project: {self.path} exists and is no run directory (no config.yaml): choose another name")
 
@@ -127,9 +193,19 @@ class RunDir:
         return sorted(file for file in files if int(file.name.removeprefix(STATE_PREFIX).partition(".")[0]) > step)
 
     def read_state(self) -> dict[str, Any] | None:
-        """The counters of the newest state; None where there is none."""
+        """The counters of the newest state; None where there is none. Raises UserError where they cannot be read."""
         folder = self.latest_state()
-        return None if folder is None else json.loads((folder / STATE_FILE).read_text(encoding="utf-8"))
+        if folder is None:
+            return None
+        file = folder / STATE_FILE
+        try:
+            state = json.loads(file.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise broken_state(file, getattr(error, "strerror", None) or str(error)) from error
+        missing = [key for key in STATE_KEYS if not isinstance(state, dict) or key not in state]
+        if missing:
+            raise broken_state(file, f"{missing[0]!r} is not in it")
+        return state
 
     def latest_step(self) -> int:
         """The step that a resumed run starts behind."""
@@ -151,6 +227,15 @@ class RunDir:
         return f"finished: weights in {self.checkpoints / config.model.optimized_name}, curves in {self.path / 'report.html'}"
 
 
+def broken_state(file: Path, reason: str) -> UserError:
+    """Of a file of a state that was damaged: a state gets its name when it is whole."""
+    folder = next((folder for folder in file.parents if folder.name.startswith(STATE_PREFIX)), file.parent)
+    return UserError(
+        f"{file}: cannot be read ({reason}), the state is not whole: put it back from a copy, or remove {folder} and the run goes "
+        "on from an older state, or begins again where there is none"
+    )
+
+
 def is_over(config: Any) -> bool:
     """Asked before anything long: whether the run of `config` has come to its end already, which it says then.
 
@@ -159,11 +244,16 @@ def is_over(config: Any) -> bool:
     if already_launched():
         return False
     directory = RunDir(config.experiment.project)
+    directory.lock.check()
     directory.check(config)
     if not directory.is_finished(config):
         return False
     print(directory.goodbye(config), flush=True)
     return True
+
+
+def _first(different: list[str]) -> str:
+    return f"{different[0]}{f' and {len(different) - 1} more' if len(different) > 1 else ''}"
 
 
 def write_text(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ optimizer's `grad_position` (ZeRO-3) say which piece of which flat buffer is who
 from __future__ import annotations
 
 import os
+import pickle
 import random
 from pathlib import Path
 from typing import Any, Iterator
@@ -25,7 +26,8 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from common import dist
-from common.errors import UserError
+from common.errors import UserError, memory_is_full
+from common.run_dir import broken_state
 
 STATE = "state.bin"
 FLAT_BUFFERS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
@@ -83,7 +85,7 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
     if rank < readers:
         for file in sorted(folder.glob("trained_*.bin")):
             if int(file.stem.split("_")[1]) % readers == rank:
-                own |= torch.load(file, map_location="cpu", mmap=True)  # read when it is asked for
+                own |= _load(file, map_location="cpu", mmap=True)  # read when it is asked for
     reader_of = {name: r for r, names in enumerate(dist.gather_objects(accelerator, list(own))) for name in names}
     parts = _parts(accelerator)
     expected = dict(parts.parameters())
@@ -112,7 +114,16 @@ def load_state(accelerator: Accelerator, folder: Path) -> None:
 def _read(file: Path) -> Any:
     if not file.is_file():
         raise UserError(f"{file}: is not there: the state was written by an older version, with which the run can go on")
-    return torch.load(file, weights_only=False)  # the random states of numpy are no tensors
+    return _load(file, weights_only=False)  # the random states of numpy are no tensors
+
+
+def _load(file: Path, **options: Any) -> Any:
+    try:
+        return torch.load(file, **options)
+    except (RuntimeError, ValueError, OSError, EOFError, KeyError, pickle.UnpicklingError) as error:
+        if memory_is_full(error) is not None:
+            raise
+        raise broken_state(file, (str(error).strip().splitlines() or [type(error).__name__])[0]) from error
 
 
 def _ranks_of_machine_0(accelerator: Accelerator) -> int:

@@ -53,7 +53,8 @@ class Model:
     pretrained_model: str | None = None
     """Directory in Hugging Face format or hub name (required). Evaluation files may call it `model`."""
     prepare_config: str | None = None
-    """RL: a finetuning config that is run first where pretrained_model does not exist yet."""
+    """RL: a finetuning config that is run first where pretrained_model does not exist yet. Other jobs: the config whose job makes
+    pretrained_model, named where that does not exist."""
     model_base: str | None = None
     """The family, a name in models/registry.py: sdar, trado, ... (required). Evaluation files may have it at the top level."""
     block_size: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import math
@@ -230,19 +231,36 @@ class TaskCursor:
             "position": self._position,
             "put_off": list(self._put_off),
             "num_tasks": len(self.tasks),
-            "ids_hash": self._ids_hash(),
+            "tasks_hash": self._tasks_hash,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`. Raises UserError where the data set is another one."""
-        if state["num_tasks"] != len(self.tasks) or state["ids_hash"] != self._ids_hash():
+        """Go on from a `state()`. Raises UserError where the data set is another one.
+
+        A state of an earlier version knows the ids of its tasks alone (`ids_hash`).
+        """
+        whole = "tasks_hash" in state
+        is_same = self._tasks_hash == state["tasks_hash"] if whole else self._ids_hash() == state["ids_hash"]
+        if state["num_tasks"] != len(self.tasks) or not is_same:
+            changed = f"{state['num_tasks']} tasks then, {len(self.tasks)} now"
+            if state["num_tasks"] == len(self.tasks):
+                changed = f"still {len(self.tasks)} tasks, but other {'contents' if whole else 'ids'}"
             raise UserError(
-                f"the data set has changed since this run was saved ({state['num_tasks']} tasks then, {len(self.tasks)} now): "
+                f"the data set has changed since this run was saved ({changed}): "
                 "put the old file back (dataset.train_dataset), or start another run directory (experiment.project)"
             )
         self.seed, self.epoch, self._position = state["seed"], state["epoch"], state["position"]
         self._put_off = list(state["put_off"])
         self._order = self._order_of(self.epoch)
+
+    @functools.cached_property
+    def _tasks_hash(self) -> str:
+        """Of all that is known of the tasks, in their order. A state is written behind every step: reckoned once."""
+        digest = hashlib.sha256()
+        for task in self.tasks:  # repr: a parquet file may hold dates and bytes
+            record = [task.id, task.question, task.answer, task.fields]
+            digest.update(json.dumps(record, sort_keys=True, default=repr).encode() + b"\n")
+        return digest.hexdigest()[:16]
 
     def _ids_hash(self) -> str:
         return hashlib.sha256("\0".join(task.id for task in self.tasks).encode()).hexdigest()[:16]

@@ -25,6 +25,7 @@ from models.config_json import check_token_ids, decoder_shape, read_object
 from models.decoder import Decoder
 from models.family import TINY_RANDOM, Family, Piece
 from models.lora import ADAPTER_CONFIG, LoRA, is_adapter, load_adapter, merged_folder, merged_state, read_config, save_adapter
+from models.names import is_path, no_directory
 from models.registry import FAMILIES
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".safetensors.index.json", ".bin.index.json", ".gguf", ".h5", ".msgpack")
@@ -92,13 +93,15 @@ def find_directory(name: str, setting: str = "model.pretrained_model") -> Path:
         return path
     if path.exists():
         raise UserError(f"{setting}: {name} is a file: name the directory that holds config.json")
-    if name.count("/") != 1 or name.startswith(("/", ".", "~")):
-        raise UserError(f"{setting}: no directory {name}: give an existing directory or a hub name (owner/name)")
+    if is_path(name) or "/" not in name:
+        raise no_directory(name, setting)
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(name, ignore_patterns=["*.bin", "*.pt", "*.pth", "*.gguf"]))
     except Exception as error:  # the hub raises a dozen kinds: all mean that the model is not to be had
+        if path.parent.is_dir():  # runs/x, and there is runs: a directory was meant, of which the hub has nothing to say
+            raise no_directory(name, setting) from error
         reason = str(error).strip().splitlines()[0]
         raise UserError(
             f"{setting}: {name} is neither a directory here nor to be had from the hub "

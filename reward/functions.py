@@ -10,6 +10,7 @@ of the data set stay those of `dataset.data_type`. The function runs in the trai
 
 from __future__ import annotations
 
+import inspect
 import math
 from numbers import Real
 from typing import Any, Sequence
@@ -21,11 +22,12 @@ from reward.registry import REWARD_FUNCTIONS, Progress, ResponseToScore, Reward,
 
 
 def load_function(spec: str) -> RewardFunction:
-    """`path/to/file.py:name`, or a name in REWARD_FUNCTIONS, -> the function. Raises UserError."""
+    """`path/to/file.py:name`, or a name in REWARD_FUNCTIONS, -> the function. Raises UserError, also where it cannot be called
+    with three arguments."""
     path, colon, name = spec.rpartition(":")
     if not colon or not path.endswith(".py"):
         if spec in REWARD_FUNCTIONS:
-            return REWARD_FUNCTIONS.get(spec)
+            return _checked(REWARD_FUNCTIONS.get(spec), spec)
         raise UserError(
             f"reward.function: got {spec!r}; give path/to/file.py:name"
             + (f", or one of {', '.join(REWARD_FUNCTIONS.names())}" if REWARD_FUNCTIONS.names() else "")
@@ -37,6 +39,20 @@ def load_function(spec: str) -> RewardFunction:
         raise UserError(f"reward.function: {path} has no function {name!r}{did_you_mean(name, here)}")
     if not callable(function):
         raise UserError(f"reward.function: {name!r} in {path} is {type(function).__name__}, not a function")
+    return _checked(function, spec)
+
+
+def _checked(function: RewardFunction, spec: str) -> RewardFunction:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # one of C does not say
+        return function
+    try:
+        signature.bind(None, "", None)
+    except TypeError as error:
+        raise UserError(
+            f"reward.function: {spec} takes {signature}, but is called with (task, response_text, rollout): {error}"
+        ) from None
     return function
 
 

@@ -123,6 +123,19 @@ RewardFunction = Callable[[Task, str, Rollout], "float | bool | Score"]
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")
 
 
+def _names_a_function(name: str | None) -> bool:
+    return name is not None and (name in REWARD_FUNCTIONS or name not in REWARDS)
+
+
+def check_function(settings: Any) -> None:
+    """Raises UserError where `reward.function` names a function that is not there or takes other arguments. Asked before anything
+    long: `make_reward` comes behind the model."""
+    if _names_a_function(settings.function):
+        from reward.functions import load_function
+
+        load_function(settings.function)
+
+
 def make_reward(data_type: str, settings: Any = None, config: Any = None) -> Reward:
     """The reward of `dataset.data_type`, scored by `settings.function` where that is set. Raises UserError.
 
@@ -135,8 +148,8 @@ def make_reward(data_type: str, settings: Any = None, config: Any = None) -> Rew
     function = getattr(settings, "function", None)
     if function is None:
         return made(reward)
+    if not _names_a_function(function):
+        return made(REWARDS.get(function, "reward.function"))
     from reward.functions import FunctionReward, load_function
 
-    if function in REWARDS and function not in REWARD_FUNCTIONS:
-        return made(REWARDS.get(function, "reward.function"))
     return FunctionReward(load_function(function), function, settings)

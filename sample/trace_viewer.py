@@ -9,6 +9,7 @@ by step, confidence or entropy. `trace.html#rollout=2&step=3&color=confidence` o
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -19,6 +20,8 @@ from common.metrics import tokens_per_forward
 from common.page import finite, render_page, write_page
 from common.records import Rollout, ScoredRollout
 
+ROLLOUT_FIELDS = [field.name for field in dataclasses.fields(Rollout)]
+"""What every record has; those that are not scored have no more."""
 TEMPLATE = Path(__file__).with_name("trace_viewer.html")
 
 
@@ -54,6 +57,12 @@ def _parse(line: str, where: str) -> ScoredRollout:
         raise UserError(f"{where}: not JSON ({error}): expected one rollout per line") from None
     if not isinstance(row, dict):
         raise UserError(f"{where}: a rollout is a JSON object, got {type(row).__name__}")
+    missing = next((name for name in ROLLOUT_FIELDS if name not in row), None)
+    if missing is not None:
+        raise UserError(
+            f"{where}: no field {missing!r}: not a file of rollouts: give one of RUN_DIR/rollouts/, or the responses of an "
+            "evaluation, RUN_DIR/results/NAME.DECODING.jsonl"
+        )
     row.setdefault("reward", float("nan"))
     try:
         rollout = ScoredRollout(**row)

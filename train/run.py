@@ -56,7 +56,8 @@ class Run:
         """total_steps: of the run; temperature: that the trained tokens were sampled under; samples: whether an engine samples
         them beside the training (RL).
 
-        check: what the job asks of its model, called before the weights are read. Until `resume` nothing is written.
+        check: what the job asks of its model, called before the weights are read. The run directory is locked from here to
+        `close`; until `resume` nothing else is written.
         """
         self.config, self.total_steps = config, total_steps
         self.accelerator = dist.make_accelerator(config)
@@ -69,7 +70,7 @@ class Run:
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
-                self.directory.check(config)
+                self.directory.take(config)
         critic = config.model.value_base_model
         if critic is not None and critic != TINY_RANDOM:  # known before the policy is read and prepared
             with dist.main_first(self.accelerator):
@@ -155,12 +156,15 @@ class Run:
         restore: called with what `save_state` was given; where it raises, the run directory is as it was.
         """
         # Only machine 0 has the run directory.
-        there = (self.directory.latest_state(), self.directory.read_state()) if self.is_main else None
-        folder, saved = dist.broadcast_object(self.accelerator, there)
+        there = None
+        if self.is_main:
+            there = (self.directory.latest_state(), self.directory.read_state(), bool(self.directory.differences(self.config)))
+        folder, saved, is_another = dist.broadcast_object(self.accelerator, there)
         if saved is not None:
-            restore(saved["extra"])
-            load_state(self.accelerator, folder)
             self.step, self.trainer.num_steps = saved["step"], saved["num_optimizer_steps"]
+            restore(saved["extra"])
+            self.check_step(is_another)
+            load_state(self.accelerator, folder)
             if self.value is not None:
                 self.value.load_state(folder)
             if self.is_main and self.step < self.total_steps:
@@ -173,6 +177,16 @@ class Run:
                 self.directory.create(self.config)
         self.metrics = MetricsLog(self.directory.path, self.config, self.is_main)
         self.metrics.truncate_after(self.step)
+
+    def check_step(self, is_another: bool) -> None:
+        """Raises UserError where nothing is left to do of a run that was not of this very config (is_another): it would be called
+        finished by settings that have done nothing."""
+        if self.step > self.total_steps or (is_another and self.step == self.total_steps):
+            raise UserError(
+                f"experiment.project: {self.directory.path}: the run is at step {self.step} already, and with these settings it "
+                f"ends with step {self.total_steps}: ask for more steps (experiment.total_step; finetuning: training.max_steps or "
+                "num_train_epochs), or choose another project"
+            )
 
     def save_state(self, extra: dict[str, Any]) -> None:
         """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
@@ -267,3 +281,4 @@ class Run:
     def close(self) -> None:
         if self.metrics is not None:
             self.metrics.close()
+        self.directory.lock.release()

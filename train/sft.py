@@ -25,6 +25,8 @@ from common.records import Task
 from common.run_dir import is_over
 from data.sft import SFTRecord, load_sft, split
 from data.tasks import load_tasks
+from models.names import check_models
+from reward.registry import check_function
 from train.methods import METHODS
 
 
@@ -42,6 +44,8 @@ def main(argv: list[str] | None = None, link: Link | None = None, model_base: st
     if writes_the_run(link) and is_over(config):
         return
     data = load_data(config)
+    if link is None:  # else the machines are asked for their models together, common/nodes_check.py
+        check_models(config)
     if needs_launch(config, link):
         launch(config, sys.argv[0], argv, link)
     sft = SFTRun(config, data)
@@ -80,6 +84,8 @@ def load_data(config: Any) -> SFTData:
                     "--sample-steps MODEL` makes them, or choose semi-ar"
                 )
     evaluates = config.evaluation.if_eval and dataset.eval_dataset
+    if evaluates:
+        check_function(config.reward)
     return SFTData(records, validation, load_tasks(dataset.eval_dataset, dataset.data_type) if evaluates else None)
 
 
@@ -97,7 +103,11 @@ class SFTRun:
         training = config.training
         method = METHODS.get(training.method, "training.method")
         self.objective = OBJECTIVES.get(training.objective or method.objective_of("sft"), "training.objective")
-        check = (lambda model: None) if data.eval_tasks is None else (lambda model: Evaluator.check(config, model))
+
+        def check(model: Any) -> None:
+            if data.eval_tasks is not None:
+                Evaluator.check(config, model, data.eval_tasks)
+
         self.run = Run(config, training.max_steps or 1, temperature=1.0, check=check)
         model, dataset, is_main = self.run.model, config.dataset, self.run.is_main
         self.layout = self.run.trainer.layout
@@ -115,8 +125,6 @@ class SFTRun:
         self.step_metrics: dict[str, float] = {}
         self.is_solved = False
         self.run.resume(self.restore)
-        if self.is_solved:
-            self.run.total_steps = self.run.step
 
     def restore(self, extra: dict[str, Any]) -> None:
         if extra["data"] != self.fingerprint:
@@ -125,6 +133,8 @@ class SFTRun:
                 "old file back, or start another run directory (experiment.project)"
             )
         self.is_solved = extra["is_solved"]
+        if self.is_solved:
+            self.run.total_steps = self.run.step
 
     def batch(self, step: int) -> list[int]:
         """Responses of a step: shuffled epochs, one behind the other, a function of seed and step alone."""

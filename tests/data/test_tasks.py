@@ -1,3 +1,6 @@
+import dataclasses
+import datetime
+import hashlib
 import json
 from collections import Counter
 
@@ -167,9 +170,36 @@ def test_restore_goes_on_exactly():
 
 def test_another_data_set_is_refused():
     state = TaskCursor(tasks_of(10), seed=5).state()
-    for tasks in (tasks_of(11), [*tasks_of(9), Task("other", "q")]):
-        with pytest.raises(UserError, match="the data set has changed"):
+    last = tasks_of(10)[9]
+    with pytest.raises(UserError, match="the data set has changed .*10 tasks then, 11 now"):
+        TaskCursor(tasks_of(11), seed=5).restore(state)
+    for change in ({"id": "other"}, {"question": "r"}, {"answer": "1"}, {"fields": {"level": 3}}):
+        tasks = [*tasks_of(9), dataclasses.replace(last, **change)]
+        with pytest.raises(UserError, match="the data set has changed .*still 10 tasks, but other contents"):
             TaskCursor(tasks, seed=5).restore(state)
+    with pytest.raises(UserError, match="the data set has changed"):
+        TaskCursor(tasks_of(10)[::-1], seed=5).restore(state)
+
+
+def test_fields_of_any_kind_and_order_are_known_again():
+    def tasks(*fields):
+        return [Task("a", "q", fields=dict(fields)), Task("b", "q")]
+
+    day, picture = ("day", datetime.date(2024, 1, 1)), ("picture", b"png")
+    state = json.loads(json.dumps(TaskCursor(tasks(day, picture), seed=5).state()))
+    TaskCursor(tasks(picture, day), seed=5).restore(state)
+    with pytest.raises(UserError, match="has changed"):
+        TaskCursor(tasks(day, ("picture", b"jpg")), seed=5).restore(state)
+
+
+def test_a_state_of_ids_alone_is_still_read():
+    """As written by the version before: sha256 of t0\\0t1\\0t2."""
+    state = TaskCursor(tasks_of(3), seed=5).state()
+    del state["tasks_hash"]
+    state["ids_hash"] = hashlib.sha256(b"t0\0t1\0t2").hexdigest()[:16]
+    TaskCursor([Task(f"t{n}", "another question") for n in range(3)], seed=5).restore(state)
+    with pytest.raises(UserError, match="still 3 tasks, but other ids"):
+        TaskCursor([Task(f"u{n}", "q") for n in range(3)], seed=5).restore(state)
 
 
 def test_take_more_than_there_is():

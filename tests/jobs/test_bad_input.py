@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
 import subprocess
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import Any, Callable, Iterator
 
 import pytest
 
+from common.launch import free_port
 from common.metrics import read_metrics
 from common.records import read_rollouts
+from common.run_dir import RunDir
 from tests.jobs.conftest import listing
 from tests.jobs.fork_server import ForkServer, Job
 
@@ -188,6 +192,21 @@ def test_weights_of_another_shape(place: Place, start: Any):
     assert_refused(start, "rl", place, "model.layers.0.mlp.gate_proj.weight has shape")
 
 
+def test_a_model_that_another_job_makes(place: Place, start: Any):
+    place.changes["model.pretrained_model"] = place.folder / "nowhere"
+    words = f"no directory {place.folder}/nowhere: `python rl.py config=configs/rl_tiny.yaml` makes it"
+    assert_refused(start, "eval", place, words)
+
+
+@pytest.mark.parametrize("job", ["rl", "eval"])
+def test_missing_judge(job: str, place: Place, start: Any):
+    """Not only when the first answers are graded."""
+    place.changes["model.process_reward_model"] = place.folder / "nowhere"
+    if job == "eval":
+        place.changes["dataset.data_type"] = "judge"
+    assert_refused(start, job, place, f"error: model.process_reward_model: no directory {place.folder}/nowhere")
+
+
 # ---- data
 
 
@@ -252,6 +271,23 @@ def test_settings(changes: dict[str, Any], words: list[str], place: Place, start
     assert_refused(start, "rl", place, *words)
 
 
+@pytest.mark.parametrize("job", JOBS)
+@pytest.mark.parametrize(
+    "name, words",
+    [
+        ("missing", "has no function 'missing'"),
+        ("two", "takes (task, text), but is called with (task, response_text, rollout): too many positional arguments"),
+        ("keyword", "takes (task, text, rollout, *, scale), but is called with (task, response_text, rollout): missing a required"),
+    ],
+)
+def test_a_reward_that_cannot_be_called(job: str, name: str, words: str, place: Place, start: Any):
+    """Known before the model, which is not there, is looked for."""
+    file = place.folder / "rewards.py"
+    file.write_text("def two(task, text): ...\n\n\ndef keyword(task, text, rollout, *, scale): ...\n")
+    place.changes |= {"reward.function": f"{file}:{name}", "model.pretrained_model": place.folder / "nowhere"}
+    assert_refused(start, job, place, "reward.function: ", words)
+
+
 def test_deepspeed_files_are_listed(place: Place, start: Any):
     from common.deepspeed_files import deepspeed_file_names
 
@@ -298,10 +334,70 @@ def test_project_below_a_file(job: str, place: Place, start: Any):
 
 
 @pytest.mark.parametrize("job", JOBS)
+def test_project_that_cannot_be_made(job: str, place: Place, start: Any):
+    """Known before the weights, which are not there, are read."""
+    place.model(without=("model.safetensors",))
+    place.changes["experiment.project"] = "/proc/foo"
+    assert_refused(start, job, place, "experiment.project: /proc/foo", "cannot be made (No such file or directory: /proc/foo)")
+
+
+def test_a_run_directory_that_was_damaged(place: Place, start: Any):
+    """Whatever of it cannot be read is named; with everything in its place the run goes on."""
+    assert start("rl", place).code == 0
+    place.changes |= {"experiment.total_step": 3, "experiment.start_from_scratch": "false"}
+    state = place.project / "state" / "step_000002"
+    for file, content, words in [
+        (state / "run.json", None, "run.json: cannot be read (No such file or directory), the state is not whole"),
+        (state / "run.json", b'{"step": 2', "run.json: cannot be read (Expecting"),
+        (state / "state.bin", 100, "state.bin: cannot be read (PytorchStreamReader failed reading zip archive"),
+        (state / "trained_0_0.bin", 1000, f"remove {state} and the run goes on from an older state"),
+        (state / "trained_0_0.bin", 0, "trained_0_0.bin: cannot be read ("),
+        (place.project / "config.yaml", b"a: [", "config.yaml: cannot be read as settings (while parsing a flow node"),
+    ]:
+        whole = file.read_bytes()
+        if content is None:
+            file.unlink()
+        else:
+            file.write_bytes(whole[:content] if isinstance(content, int) else content)
+        assert_refused(start, "rl", place, words)
+        file.write_bytes(whole)
+    ended = start("rl", place)
+    assert ended.code == 0 and "behind step 2" in ended.out, ended.err
+
+
+@pytest.mark.parametrize("job", JOBS)
 def test_project_that_is_no_run_directory(job: str, place: Place, start: Any):
     place.project.mkdir()
     (place.project / "thesis.tex").write_text("mine")
     assert_refused(start, job, place, "is no run directory (no config.yaml)")
+
+
+@pytest.mark.parametrize("job", ["rl", "sft"])
+def test_a_directory_that_another_job_trains_in(job: str, place: Place, start: Any):
+    """Before there is a run in it, and with one that is over."""
+    other = RunDir(place.project)
+    other.lock.acquire()
+    words = f"experiment.project: {place.project} is in use by process {os.getpid()} on {socket.gethostname()}, started 20"
+    assert_refused(start, job, place, words)
+    other.lock.release()
+    assert start(job, place).code == 0
+    assert not other.lock.path.exists()
+    other.lock.acquire()
+    assert_refused(start, job, place, words)
+
+
+@pytest.mark.slow
+def test_several_processes_hold_one_lock(place: Place, start: Any):
+    """And whoever comes behind the launcher's look at it (here: a launcher that is not ours) is refused by rank 0."""
+    place.changes["experiment.num_processes"] = 2
+    assert start("rl", place).code == 0
+    other = RunDir(place.project)
+    other.lock.acquire()
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    before = listing(place.folder)
+    ended = start("rl", place, alone)
+    assert ended.code == 2 and f"is in use by process {os.getpid()} on " in ended.err, ended.err
+    assert listing(place.folder) == before
 
 
 # ---- the disk
@@ -360,26 +456,56 @@ def test_long_prompts_are_dropped_and_counted(place: Place, start: Any):
     assert all(len(r.prompt_ids) <= 16 for r in rollouts)
 
 
-def test_prompts_that_are_all_too_long_skip_the_step(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
-    place.changes["evaluation.if_eval"] = "false"
+def test_a_step_whose_prompts_are_all_too_long_is_skipped(place: Place, start: Any):
+    """One task of 14 would fit: at least one of two steps of four tasks does without it, and says why."""
+    records = json.loads((place.jobs_dir / "train.json").read_text())
+    for record in records[1:]:
+        record["question"] = record["question"].replace("=", "0" * 20 + "=")
+    place.data("dataset.train_dataset", records)
+    place.changes |= {"training.max_prompt_len": 16, "evaluation.if_eval": "false"}
     ended = start("rl", place)
     assert ended.code == 0, ended.err
-    assert "warning: step 1: every response was dropped" in ended.err
     rows = read_metrics(place.project)
-    assert [row["train/skipped"] for row in rows] == [1, 1]
-    assert [row["rollout/dropped_groups_prompt_too_long"] for row in rows] == [4, 4]
+    skipped = [row["step"] for row in rows if row["rollout/dropped_groups_prompt_too_long"] == 4]
+    assert skipped and all(rows[step - 1]["train/skipped"] == 1 for step in skipped)
+    for step in skipped:
+        assert f"warning: step {step}: every response was dropped (prompt too long: 4): no update" in ended.error_lines
 
 
 def test_evaluation_says_once_how_many_prompts_are_too_long(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
+    records = json.loads((place.jobs_dir / "test.json").read_text())
+    for record in records[:4]:
+        record["question"] = record["question"].replace("=", "0" * 20 + "=")
+    place.data("dataset.eval_dataset", records)
+    place.changes["training.max_prompt_len"] = 16
     ended = start("eval", place)
     assert ended.code == 0, ended.err
-    said = "warning: 6 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=3: they are not sampled and count as"
-    assert ended.error_lines == [f"{said} not solved"], "three decodings"
-    assert [result["accuracy"] for result in json.loads((place.project / "results" / "test.json").read_text())] == [0, 0, 0]
+    said = "warning: 4 of 6 evaluation tasks have a prompt longer than training.max_prompt_len=16: they are not sampled and count"
+    assert ended.error_lines == [f"{said} as not solved"], "three decodings"
+    results = json.loads((place.project / "results" / "data.json").read_text())
+    assert [(result["num_responses"], result["num_prompts_too_long"]) for result in results] == [(8, 4)] * 3
+
+
+@pytest.mark.parametrize(
+    "job, key, number",
+    [("rl", "dataset.train_dataset", 14), ("rl", "dataset.eval_dataset", 3), ("eval", "dataset.eval_dataset", 6)],
+)
+def test_prompts_that_are_all_too_long(job: str, key: str, number: int, place: Place, start: Any):
+    """Prompts of the tiny model are a token per character."""
+    name = "train" if key == "dataset.train_dataset" else "test"
+    records = json.loads((place.jobs_dir / f"{name}.json").read_text())[:number]
+    if (job, name) == ("rl", "test"):  # some to train on, none to evaluate on
+        for record in records:
+            record["question"] = record["question"].replace("=", "0" * 20 + "=")
+        place.changes["training.max_prompt_len"] = limit = 16
+    else:
+        place.changes["training.max_prompt_len"] = limit = 2
+    place.data(key, records)
+    shortest = min(len(record["question"]) for record in records)
+    said = f"training.max_prompt_len: got {limit}, but all {number} prompts of {key} are longer, the shortest has {shortest} tokens"
+    assert_refused(start, job, place, said)
 
 
 def test_sft_with_prompts_that_are_all_too_long(place: Place, start: Any):
-    place.changes["training.max_prompt_len"] = 3
+    place.changes |= {"training.max_prompt_len": 3, "dataset.eval_dataset": "null"}
     assert_refused(start, "sft", place, "every prompt is longer than training.max_prompt_len")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any, Callable
 
@@ -10,6 +12,7 @@ import pytest
 import yaml
 
 from common.records import read_rollouts
+from common.run_dir import RunDir
 from tests.jobs.conftest import listing
 from tests.jobs.fork_server import ForkServer
 
@@ -92,6 +95,59 @@ def test_into_the_directory_of_a_training_run(server: ForkServer, settings: Any,
     assert (project / "config.yaml").read_text() == config and listing(project / "state") == state
     again = server.run("rl.py", settings("rl", project))
     assert again.code == 0 and again.out.startswith("finished: ")
+
+
+def test_only_the_same_evaluation_writes_over_itself(server: ForkServer, settings: Any, jobs_dir: Path, tmp_path: Path):
+    project, other = tmp_path / "run", tmp_path / "other_model"
+    shutil.copytree(jobs_dir / "model", other)
+    short = {"evaluation.num_response_per_task": 1, "evaluation.remasking_strategy": "[sequential]", "evaluation.top_k": "[1]"}
+    assert server.run("eval.py", settings("eval", project, short)).code == 0
+    before = listing(project)
+    for change, words in [
+        ({"model.pretrained_model": other}, f"model.pretrained_model: '{jobs_dir}/model' there, '{other}' here)"),
+        ({"evaluation.top_k": "[0]"}, "evaluation.top_k: [1] there, [0] here)"),
+        ({"evaluation.top_k": "[0]", "training.seed": 3}, "evaluation.top_k: [1] there, [0] here and 1 more)"),
+        ({"evaluation.top_k": "[0]", "experiment.start_from_scratch": "false"}, "evaluation.top_k: [1] there, [0] here)"),
+    ]:
+        job = server.run("eval.py", settings("eval", project, {**short, **change}))
+        assert job.code == 2 and len(job.error_lines) == 1 and job.out == ""
+        assert job.err.startswith(f"error: experiment.project: {project} holds results of test by another config ({words}: choose")
+    assert listing(project) == before
+    # The same one, with what may differ, and from a directory that was moved.
+    moved = project.rename(tmp_path / "moved")
+    same = {**short, "system.ssh_port": 23}
+    again = server.run("eval.py", settings("eval", moved, same))
+    assert again.code == 0, again.err
+    assert listing(moved).keys() == before.keys()
+    # Another task set is another result, beside it.
+    shutil.copy(jobs_dir / "test.json", tmp_path / "second.json")
+    second = {**short, "model.pretrained_model": other, "dataset.eval_dataset": tmp_path / "second.json"}
+    assert server.run("eval.py", settings("eval", moved, second)).code == 0
+    for name, model in [("test", jobs_dir / "model"), ("second", other)]:
+        assert json.loads((moved / "results" / f"{name}.json").read_text())[0]["settings"]["pretrained_model"] == str(model)
+        assert yaml.safe_load((moved / "results" / f"{name}.config.yaml").read_text())["model"]["pretrained_model"] == str(model)
+    # Results that say nothing of where they are from.
+    (moved / "results" / "second.config.yaml").unlink()
+    unknown = server.run("eval.py", settings("eval", moved, second))
+    assert unknown.code == 2 and "results of second by settings that are not known (no second.config.yaml)" in unknown.err
+
+
+def test_beside_other_jobs(server: ForkServer, settings: Any, tmp_path: Path):
+    """One that trains in the directory, or makes other results, is no hindrance; one that makes the same is."""
+    directory = RunDir(tmp_path / "run")
+    short = {"evaluation.num_response_per_task": 1, "evaluation.remasking_strategy": "[sequential]", "evaluation.top_k": "[1]"}
+    training, other, same = directory.lock, directory.results_lock("other"), directory.results_lock("test")
+    training.acquire()
+    other.acquire()
+    same.acquire()
+    refused = server.run("eval.py", settings("eval", directory.path, short))
+    assert refused.code == 2 and f"{directory.path} (results of test) is in use by process {os.getpid()} on " in refused.err
+    same.release()
+    ended = server.run("eval.py", settings("eval", directory.path, short))
+    assert ended.code == 0, ended.err
+    training.release()
+    other.release()
+    assert sorted(path.name for path in directory.path.iterdir()) == ["config.yaml", "results"]
 
 
 @pytest.mark.parametrize("script, config", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])

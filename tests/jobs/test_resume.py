@@ -222,6 +222,30 @@ def test_a_finished_run_goes_on_to_more_steps(start: Start, tmp_path: Path):
     assert "behind step 2" in longer.out and "step 3/3" in longer.out
 
 
+def test_nothing_is_left_to_do_by_other_settings(start: Start, tmp_path: Path):
+    """The run is beyond, or at, the last step that they ask for: refused, and the first command still finds its run."""
+    project, two = tmp_path / "run", {"experiment.total_step": 2}
+    assert start("every", project, **two).code == 0
+    before = listing(project)
+    for changes, last in [({"experiment.total_step": 1}, 1), ({**two, "optimizer.params.learning_rate": 3e-3}, 2)]:
+        refused = start("every", project, **{**changes, "experiment.start_from_scratch": "false"})
+        assert refused.code == 2 and len(refused.error_lines) == 1, refused.err
+        assert f"{project}: the run is at step 2 already, and with these settings it ends with step {last}: ask" in refused.err
+        assert listing(project) == before
+    again = start("every", project, **two)
+    assert again.code == 0 and again.out.startswith("finished: ")
+
+
+def test_a_moved_directory_goes_on(start: Start, unbroken: Any, tmp_path: Path):
+    """Under another name, and written otherwise than it was."""
+    project = tmp_path / "run"
+    assert start("every", project, "updated:5").code == -signal.SIGKILL
+    moved = project.rename(tmp_path / "moved")
+    again = start("every", f"{tmp_path}/./moved/")
+    assert again.code == 0 and f"going on with {moved} behind step 4" in again.out, again.err
+    assert content(moved) == unbroken("every")
+
+
 def test_other_settings_do_not_train_on_old_rollouts(start: Start, tmp_path: Path):
     """Going on with another config: rollouts beyond the state were drawn by weights that will not come again."""
     project = tmp_path / "run"

@@ -25,7 +25,7 @@ def test_groups_that_are_all_alike_skip_the_step(server: ForkServer, settings: A
     job = server.run("rl.py", settings("rl", tmp_path / "run", {"rollout.top_p": 1e-6, "experiment.total_step": 3}))
     assert job.code == 0, job.err
     assert job.error_lines == [
-        f"warning: step {step}: every response was dropped (all right, all wrong or too long): no update" for step in (1, 2, 3)
+        f"warning: step {step}: every response was dropped (all rewards equal: 16): no update" for step in (1, 2, 3)
     ]
     rows = read_metrics(tmp_path / "run")
     assert [row["train/skipped"] for row in rows] == [1, 1, 1]
@@ -88,7 +88,8 @@ def test_a_half_finetuned_model_is_finished_first(finished: bool, tmp_path: Path
     assert prepare(made) == 1, "killed before its first state"
     state = tmp_path / "sft" / "state" / "step_000030"
     state.mkdir(parents=True)
-    (state / "run.json").write_text(json.dumps({"finished": finished}))
+    counters = {"step": 30, "finished": finished, "num_optimizer_steps": 30, "extra": {}}
+    (state / "run.json").write_text(json.dumps(counters))
     assert prepare(made) == (0 if finished else 1)
     (tmp_path / "other").mkdir()
     assert prepare(tmp_path / "other") == 0, "another model"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,9 @@ from safetensors.torch import load_file, save_file
 
 import models.checkpoint as checkpoint
 from common.errors import UserError
-from models.checkpoint import load_pretrained, save_pretrained
+from models.checkpoint import find_directory, load_pretrained, save_pretrained
 from models.config_json import keys_of_shape
+from models.names import check_models
 from models.registry import FAMILIES
 from models.tiny import build_tiny
 from models.value import load_value_model
@@ -117,6 +119,47 @@ def test_paths_that_are_no_model(tmp_path):
     for name, message in [("/nowhere/at/all", "no directory"), (str(tmp_path), "no config.json")]:
         with pytest.raises(UserError, match=message):
             load_pretrained(name, "sdar", torch.float32)
+
+
+def test_a_name_of_the_hub_s_kind_whose_folder_is_here(tmp_path, monkeypatch):
+    """runs/x where there is runs: the hub is asked, but what is missing is called a directory."""
+
+    def refuse(name, **options):
+        asked.append(name)
+        raise OSError("the hub has no such thing")
+
+    asked = []
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refuse)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    with pytest.raises(UserError, match="no directory runs/x: give"):
+        find_directory("runs/x")
+    with pytest.raises(UserError, match="owner/x is neither a directory here nor to be had from the hub .OSError: the hub has no"):
+        find_directory("owner/x")
+    assert asked == ["runs/x", "owner/x"]
+    with pytest.raises(UserError, match="no directory runs/x/ckpt: give"):
+        find_directory("runs/x/ckpt")
+    assert len(asked) == 2
+
+
+def test_models_are_looked_for_before_anything_is_read(tmp_path):
+    def config(judge_url=None, **model):
+        names = dict.fromkeys(["pretrained_model", "value_base_model", "process_reward_model", "prepare_config"])
+        return SimpleNamespace(
+            model=SimpleNamespace(**{**names, **model}), reward=SimpleNamespace(judge=SimpleNamespace(base_url=judge_url))
+        )
+
+    gone = f"{tmp_path}/gone"
+    for good in ["tiny-random", "owner/name", "gpt2", str(tmp_path)]:
+        check_models(config(pretrained_model=good, value_base_model=good, process_reward_model=good), uses_judge=True)
+    check_models(config(pretrained_model="owner/name", process_reward_model=gone))
+    check_models(config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone), uses_judge=True)
+    for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
+        with pytest.raises(UserError, match=f"^model.{key}: no directory {gone}: give an existing directory or a hub name"):
+            check_models(config(**{"pretrained_model": "owner/name", key: gone}), uses_judge=True)
+    for made_by, command in [("configs/rl_tiny.yaml", "rl.py"), ("configs/sft_tiny.yaml", "train/sft.py")]:
+        with pytest.raises(UserError, match=f"no directory {gone}: `python {command} config={made_by}` makes it"):
+            check_models(config(pretrained_model=gone, prepare_config=made_by))
 
 
 def test_the_setting_that_named_the_path_is_blamed(tmp_path):

@@ -150,7 +150,8 @@ def test_scored_and_plain_rollouts_are_read(tmp_path):
     [
         ("{", "line 2: not JSON"),
         ("[1]", "line 2: a rollout is a JSON object, got list"),
-        (json.dumps({"task_id": "a"}), "line 2: not a rollout .missing 11 required positional arguments"),
+        (json.dumps({"task_id": "a"}), "line 2: no field 'sample': not a file of rollouts: give one of RUN_DIR/rollouts/"),
+        (json.dumps({"step": 1, "train/loss": 0.5}), "line 2: no field 'task_id': not a file of rollouts"),
         (json.dumps(plain_row() | {"colour": 1}), "line 2: not a rollout .*'colour'"),
         (json.dumps(plain_row() | {"entropy": [1.0]}), "line 2: per-token lists of plain/1 differ in length"),
         (json.dumps(plain_row() | {"num_response": 70}), "line 2: num_response is outside"),

@@ -300,7 +300,9 @@ def test_a_run_recomputes_what_was_chosen(tmp_path, monkeypatch, capsys):
     def start(*overrides: str) -> run.Run:
         forget_accelerator()
         models = ["model.pretrained_model=tiny-random", "model.value_base_model=tiny-random"]
-        return run.Run(rl_config(*models, f"experiment.project={tmp_path / 'run'}", *overrides), 4, 1.0, samples=True)
+        job = run.Run(rl_config(*models, f"experiment.project={tmp_path / 'run'}", *overrides), 4, 1.0, samples=True)
+        job.close()
+        return job
 
     def recomputed(job: run.Run) -> list[int]:
         return [model.decoder.recomputed_layers for model in (job.model, job.value.model)]

@@ -186,6 +186,7 @@ def test_a_run_keeps_and_finds_the_critic_again(tmp_path, saved_model):
         run.value.trainer.module.model.head.weight.fill_(0.5)
     run.value.trainer.num_steps = 7
     run.finish_step({}, {})
+    run.close()
     forget_accelerator()
     again = Run(config, 4, 1.0)
     again.resume()
