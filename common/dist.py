@@ -24,6 +24,7 @@ import contextlib
 import datetime
 import itertools
 import logging
+import math
 import os
 import time
 import uuid
@@ -247,20 +248,36 @@ def full_gradients(accelerator: Accelerator, model: torch.nn.Module) -> Iterator
 def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, max_grad_norm: float | None) -> float:
     """Clip, step, and forget the gradients; returns the norm of the whole summed gradient before clipping.
 
-    Called once, after the last backward. `max_grad_norm` None or 0: no clipping. Under DeepSpeed it must be
-    `training.max_grad_norm`, which its engine was built with.
+    Where the norm is not finite the step is not taken: the weights and the optimizer's states stay as they are, in every mode, for
+    every rank has the same norm. Called once, after the last backward. `max_grad_norm` None or 0: no clipping. Under DeepSpeed it
+    must be `training.max_grad_norm`, which its engine was built with.
     """
     if uses_deepspeed(accelerator):
         assert model.gradient_clipping() == (max_grad_norm or 0.0), "DeepSpeed's engine was built with another max_grad_norm"
         assert model.is_gradient_accumulation_boundary(), "the last backward of the step was not run inside accumulate"
         model.step()
-        norm = model.get_global_grad_norm()
+        norm = model.get_global_grad_norm() if model.was_step_applied() else math.inf
+        assert math.isfinite(norm) == model.was_step_applied(), f"DeepSpeed took a step with a gradient of norm {norm}"
     else:
         assert accelerator.sync_gradients, "the last backward of the step was not run inside accumulate"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return float(norm)
+
+
+def weights_are_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """Whether no trained weight of a prepared model is NaN or infinite, on any rank; all ranks together."""
+    extremes = [torch.zeros(1)]
+    for parameter in model.parameters():
+        own = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's piece, without what fills up the last one
+            piece = parameter.ds_tensor.detach()
+            own = piece[: max(0, parameter.ds_numel - torch.distributed.get_rank(parameter.ds_process_group) * piece.numel())]
+        if parameter.requires_grad and own.numel():
+            extremes.append(torch.stack(own.aminmax()).float())  # NaN, if one is there
+    return all(gather_objects(accelerator, bool(torch.cat([e.to(accelerator.device) for e in extremes]).isfinite().all())))
 
 
 # ------------------------------------------------------------------------------------------------------ between the ranks

@@ -6,6 +6,7 @@ last rank is filler: it joins every collective and adds nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -100,9 +101,15 @@ def forget_accelerator() -> None:
 
 
 def run_mode(
-    deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM
+    deepspeed_file: str | None,
+    dtype: str = "float32",
+    max_grad_norm: float | None = MAX_GRAD_NORM,
+    broken_step: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One record per optimizer step: summed gradients, norm, weights, whether they moved before the step, number of steps."""
+    """One record per optimizer step: summed gradients, norm, weights, whether they moved before the step, number of steps.
+
+    broken_step: in it the loss of the last rank's first micro-batch is NaN.
+    """
     from common import dist
 
     forget_accelerator()
@@ -123,8 +130,9 @@ def run_mode(
         for index, micro_batch in enumerate(micro_batches):
             with dist.accumulate(accelerator, model, index, len(micro_batches)):
                 losses = model(micro_batch["ids"].to(device), micro_batch["targets"].to(device))
-                dist.backward(accelerator, model, losses.sum() * micro_batch["scale"])
-            moved_early |= optimizer.num_steps != step
+                is_broken = step == broken_step and index == 0 and rank == accelerator.num_processes - 1
+                dist.backward(accelerator, model, losses.sum() * (math.nan if is_broken else micro_batch["scale"]))
+            moved_early |= optimizer.num_steps != (records[-1]["num_steps"] if records else 0)
         moved_early |= any(not torch.equal(before[name], value) for name, value in weights(accelerator, model).items())
         gradients = {}  # none are left where the step came too early
         if not moved_early:
@@ -134,6 +142,7 @@ def run_mode(
             "gradients": gradients,
             "norm": norm,
             "weights": weights(accelerator, model),
+            "finite": dist.weights_are_finite(accelerator, model),
             "moved_early": moved_early,
             "num_steps": optimizer.num_steps,
             "num_processes": accelerator.num_processes,
