@@ -8,27 +8,45 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from common.errors import UserError
 from common.registry import did_you_mean
+
+if TYPE_CHECKING:
+    from configs.schema import Config
 
 FOLDER = Path(__file__).resolve().parents[1] / "accelerate_configs"
 ZERO_STAGES = (1, 2, 3)
 
 
 @dataclass(frozen=True)
-class DeepSpeedFile:
+class Sharding:
+    """What DeepSpeed cuts up between the processes, and what it keeps on the host."""
+
+    zero_stage: int
+    """0: no DeepSpeed."""
+    offload_optimizer: str
+    """Where the optimizer states live: none (the GPU), cpu or nvme."""
+    offload_param: str
+    """Where ZeRO-3 keeps the weights: none (the GPU), cpu or nvme."""
+
+
+@dataclass(frozen=True)
+class DeepSpeedFile(Sharding):
     """What one file asks for. Precision, clipping and accumulation are the config's to say, so they are not read."""
 
     path: Path
     num_processes: int | None
     """Processes over all machines, as `accelerate launch` counts them; None: the file does not say."""
     num_machines: int
-    zero_stage: int
-    offload_optimizer: str
-    """Where the optimizer states live: none (the GPU), cpu or nvme."""
-    offload_param: str
-    """Where ZeRO-3 keeps the weights: none (the GPU), cpu or nvme."""
+
+
+def sharding_asked_for(config: Config, has_bfloat16_weights: bool) -> Sharding:
+    """By `experiment.deepspeed_file`, else ZeRO-1 for bfloat16 weights. Under `accelerate launch` its file wins (common.dist)."""
+    if config.experiment.deepspeed_file is not None:
+        return read_deepspeed_file(config.experiment.deepspeed_file)
+    return Sharding(1 if has_bfloat16_weights else 0, "none", "none")
 
 
 def deepspeed_file_names() -> list[str]:

@@ -37,7 +37,7 @@ import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-from common.deepspeed_files import read_deepspeed_file
+from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError
 from common.launch import free_port
 
@@ -151,13 +151,11 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         # The stage and the offloading come from the environment of `accelerate launch`.
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=clipping, zero3_save_16bit_model=True)
-    elif config.experiment.deepspeed_file is not None or weights_dtype(config) == torch.bfloat16:
-        name = config.experiment.deepspeed_file
-        file = read_deepspeed_file(name) if name is not None else None
+    elif (asked := sharding_asked_for(config, weights_dtype(config) == torch.bfloat16)).zero_stage:
         plugin = DeepSpeedPlugin(
-            zero_stage=file.zero_stage if file else 1,
-            offload_optimizer_device=file.offload_optimizer if file else "none",
-            offload_param_device=file.offload_param if file else "none",
+            zero_stage=asked.zero_stage,
+            offload_optimizer_device=asked.offload_optimizer,
+            offload_param_device=asked.offload_param,
             gradient_accumulation_steps=1,
             gradient_clipping=clipping,
             zero3_init_flag=False,
@@ -197,9 +195,17 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def sharding(accelerator: Accelerator) -> Sharding:
+    """What DeepSpeed really does, whoever asked for it: the config, or the file of `accelerate launch`."""
+    if not uses_deepspeed(accelerator):
+        return Sharding(0, "none", "none")
+    plugin = accelerator.state.deepspeed_plugin
+    return Sharding(int(plugin.zero_stage), plugin.offload_optimizer_device or "none", plugin.offload_param_device or "none")
+
+
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether no rank holds the whole weights of a prepared model (ZeRO-3)."""
-    return uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+    return sharding(accelerator).zero_stage == 3
 
 
 @contextmanager

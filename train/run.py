@@ -120,7 +120,8 @@ class Run:
         if critic is not None and value is None:
             value = read_shape(str(find_directory(critic, "model.value_base_model")), model.family)
         job, gpus = "rl" if samples else "sft", self.accelerator.num_processes
-        self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value)
+        sharding = dist.sharding(self.accelerator)
+        self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value, sharding)
         self.offload.wanted_bytes = engine_wants(self.setup)
         if self.is_main:
             print(memory_table(self.setup, self.gpu_bytes), flush=True)

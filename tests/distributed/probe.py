@@ -193,3 +193,16 @@ def talk() -> dict[str, Any]:
         "own": dict(watch.seconds),
         "nested": (nested.seconds["inner"], nested.seconds["outer"], elapsed),
     }
+
+
+def sharding_under_accelerate(config_file: str | None) -> tuple[int, str, str]:
+    """As the accelerator has it where `accelerate launch` says ZeRO-3 with all on the host and the config names `config_file`."""
+    from unittest import mock
+
+    from common import dist
+
+    forget_accelerator()
+    devices = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
+    with mock.patch.dict(os.environ, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", **devices):
+        found = dist.sharding(dist.make_accelerator(make_config(config_file)))
+    return found.zero_stage, found.offload_optimizer, found.offload_param

@@ -103,3 +103,9 @@ def test_ranks_talk():
     assert first["slowest"] == second["slowest"] == second["own"]
     inner, outer, elapsed = first["nested"]  # of a phase in another: each second is counted once
     assert inner >= 0.2 and outer >= 0.05 and inner + outer <= elapsed
+
+
+def test_the_file_of_accelerates_launcher_wins():
+    arguments = {"config_file": "1_node_2_gpus_deepspeed_zero2"}
+    (found,) = run_on_ranks("tests.distributed.probe:sharding_under_accelerate", 1, arguments)
+    assert found == (3, "cpu", "cpu")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
@@ -428,11 +429,34 @@ def test_finetuning_samples_only_to_evaluate():
     assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
 
 
+def on_one_gpu(zero_stage: int, optimizer: str = "none", weights: str = "none") -> SimpleNamespace:
+    """An accelerator under DeepSpeed."""
+    plugin = SimpleNamespace(zero_stage=zero_stage, offload_optimizer_device=optimizer, offload_param_device=weights)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    kind = DistributedType.DEEPSPEED
+    return SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=kind, state=state)
+
+
+def test_the_stage_is_that_of_the_accelerator():
+    """Under `accelerate launch` its file wins over the config's."""
+    model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
+    overrides = ["experiment.check_memory=false", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"]
+    config = load_config("rl", ["config=configs/rl_sdar.yaml", *overrides])
+    for own in [(1, "none", "none"), (2, "cpu", "none"), (3, "none", "none"), (3, "cpu", "cpu")]:
+        job = SimpleNamespace(config=config, accelerator=on_one_gpu(*own), is_main=False, gpu_bytes=int(H200))
+        job.offload = SimpleNamespace()
+        run.Run.check_memory(job, model, samples=True)
+        stage, optimizer, weights = own
+        s = job.setup
+        assert (s.zero, s.offload_optimizer, s.offload_weights) == (stage, optimizer == "cpu", weights == "cpu")
+    assert setup_of(config, "rl", SDAR, EIGHT_B, 1, H200).zero == 2
+
+
 def test_a_start_on_a_gpu_says_the_table_and_refuses(capsys):
     """Run.check_memory with a GPU that is not there; the model's weights need not be either."""
     config = load_config("rl", ["config=configs/rl_sdar.yaml", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"])
     model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    accelerator = on_one_gpu(2)
     job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True, gpu_bytes=int(H200), offload=SimpleNamespace())
     with pytest.raises(UserError, match="memory: about 1[67]. GiB"):
         run.Run.check_memory(job, model, samples=True)
