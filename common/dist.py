@@ -170,6 +170,10 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
         zero_force_ds_cpu_optimizer=False,  # with offloading: torch's optimizer instead of one that is compiled at first use
         data_types={"grad_accum_dtype": "fp32"},  # else many micro-batches add up in bfloat16
     )
+    # ZeRO-1 rounds the sum to what it sends; ZeRO-2 and 3 send each micro-batch's gradient, which is what the weights are.
+    sends_nothing = int(os.environ.get("WORLD_SIZE", "1")) == 1 and plugin.zero_stage == 1
+    if config.training.reduce_in_float32 or sends_nothing:
+        plugin.deepspeed_config["communication_data_type"] = "fp32"
     return plugin
 
 

@@ -141,6 +141,7 @@ def setup_of(
         zero=sharding.zero_stage,
         offload_optimizer=sharding.offload_optimizer != "none",
         offload_weights=sharding.offload_param != "none",
+        reduces_in_float32=t.reduce_in_float32,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),

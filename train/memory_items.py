@@ -138,7 +138,9 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
         buffers = 4 * min(num_trained, max(BUCKET, largest)) if s.gpus > 1 else 0.0
     else:
         gradients = 4 * split
-        buffers = s.itemsize * max(BUCKET, largest) + 4 * largest / share
+        sends = 4 if s.reduces_in_float32 else s.itemsize  # ZeRO-3 fills its bucket with that, ZeRO-2 has a copy beside its own
+        bucket = sends if s.zero == 3 or sends == s.itemsize else s.itemsize + sends
+        buffers = bucket * max(BUCKET, largest) + 4 * largest / share
         if s.zero == 3:
             in_rollout = gradients
             step = min(step, 4 * GATHERED)

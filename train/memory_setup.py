@@ -52,6 +52,8 @@ class Setup:
     """By DeepSpeed (`_offload` files): masters and moments are on the host for good, and the update computes there."""
     offload_weights: bool = False
     """By DeepSpeed's ZeRO-3: the trainer's weights are on the host for good."""
+    reduces_in_float32: bool = False
+    """`training.reduce_in_float32`."""
     adapter: int = 0
     """Parameters of the LoRA adapter; 0: all weights train."""
     moments: int = 2

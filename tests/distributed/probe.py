@@ -82,8 +82,11 @@ def make_steps(num_ranks: int) -> list[list[list[dict[str, Any]]]]:
     return steps
 
 
-def make_config(deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM) -> Config:
+def make_config(
+    deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM, in_float32: bool = False
+) -> Config:
     config = Config()
+    config.training.reduce_in_float32 = in_float32
     config.experiment.deepspeed_file = deepspeed_file
     config.model.dtype = dtype
     config.training.max_grad_norm = max_grad_norm
@@ -206,3 +209,42 @@ def sharding_under_accelerate(config_file: str | None) -> tuple[int, str, str]:
     with mock.patch.dict(os.environ, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", **devices):
         found = dist.sharding(dist.make_accelerator(make_config(config_file)))
     return found.zero_stage, found.offload_optimizer, found.offload_param
+
+
+NUM_MICRO_BATCHES = 128
+
+
+def many_micro_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    pairs = (torch.randint(0, VOCAB, (2, 6), generator=generator) for _ in range(NUM_MICRO_BATCHES))
+    return [{"ids": ids, "targets": targets} for ids, targets in pairs]
+
+
+def master_changes(modes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """By mode (arguments of make_config) and weight the summed gradient of all micro-batches, dealt to the ranks in turn: by how
+    much the float32 masters of bfloat16 weights are smaller behind a step of SGD at a rate of 1."""
+    from common import dist, state
+
+    changes = {}
+    for mode, arguments in modes.items():
+        forget_accelerator()
+        config = make_config(dtype="bfloat16", max_grad_norm=None, **arguments)
+        accelerator = dist.make_accelerator(config)
+        net = make_net().to(torch.bfloat16)
+        model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        parts = state._parts(accelerator)
+        own = many_micro_batches()[accelerator.process_index :: accelerator.num_processes]
+        before = masters(parts)
+        for index, m in enumerate(own):
+            with dist.accumulate(accelerator, model, index, len(own)):
+                dist.backward(accelerator, model, model(m["ids"], m["targets"]).sum())
+        dist.optimizer_step(accelerator, model, optimizer, None)
+        changes[mode] = {name: before[name] - after for name, after in masters(parts).items()}
+    return changes
+
+
+def masters(parts: Any) -> dict[str, Tensor]:
+    """parts: of common/state.py."""
+    from common.state import WEIGHT
+
+    return {name: parts.read(p, WEIGHT).clone().view(parts.shape(p)) for name, p in parts.parameters()}

@@ -85,14 +85,56 @@ def test_deepspeed_without_a_launcher():
 
 
 @pytest.mark.parametrize("mode", BFLOAT16)
-def test_bfloat16_weights_have_float32_masters(of_two_ranks, mode):
-    """The gradients of a bfloat16 net, added up in float32; norms within bfloat16's 3 digits of those by hand."""
+def test_bfloat16_weights_step_as_float32_ones(of_two_ranks, mode):
+    """Norms within bfloat16's 3 digits of those by hand."""
     for result in of_two_ranks:
         for step, (record, right) in enumerate(zip(result[f"{mode}, bfloat16"], by_hand(), strict=True)):
             assert not record["moved_early"] and record["num_steps"] == step + 1
             assert record["norm"] == pytest.approx(right["norm"], rel=0.03)
             for name, value in right["gradients"].items():
                 assert float((record["gradients"][name].double() - value).abs().max() / value.abs().max()) < 0.1, name
+
+
+STAGES = {f"zero{stage}": {"deepspeed_file": f"1_node_2_gpus_deepspeed_zero{stage}"} for stage in (1, 2, 3)}
+IN_FLOAT32 = {name: {**arguments, "in_float32": True} for name, arguments in STAGES.items()}
+
+
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return float(torch.cat([t.flatten() for t in tensors.values()]).norm())
+
+
+@pytest.fixture(scope="module")
+def summed() -> dict[str, torch.Tensor]:
+    """The bfloat16 gradients of all micro-batches, one by one, added up in float64."""
+    net = probe.make_net().to(torch.bfloat16)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in net.named_parameters()}
+    for m in probe.many_micro_batches():
+        for name, gradient in zip(names, torch.autograd.grad(net(m["ids"], m["targets"]).sum(), parameters), strict=True):
+            total[name] += gradient.double()
+    return total
+
+
+@pytest.fixture(scope="module")
+def sums_of_ranks() -> dict[int, list[dict[str, Any]]]:
+    """By number of processes."""
+    modes = {**STAGES, **{f"{name} in float32": arguments for name, arguments in IN_FLOAT32.items()}}
+    return {n: run_on_ranks("tests.distributed.probe:master_changes", n, {"modes": STAGES if n == 1 else modes}) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("num_ranks, in_float32", [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_many_bfloat16_gradients_add_up_in_float32(summed, sums_of_ranks, stage, num_ranks, in_float32):
+    """128 micro-batches. Where nothing is sent, or float32 is, what is left is the rounding of the masters themselves."""
+    mode = f"{stage} in float32" if in_float32 else stage
+    for result in sums_of_ranks[num_ranks]:
+        gaps = {name: value.double() - summed[name] for name, value in result[mode].items()}
+        gap = norm(gaps) / norm(summed)
+        of_largest = max(float(g.abs().max() / summed[name].abs().max()) for name, g in gaps.items())
+        print(f"{mode}, {num_ranks} processes: {gap:.1e} of the gradient's norm, {of_largest:.1e} of a tensor's largest entry")
+        assert result[mode].keys() == summed.keys()
+        is_exact = in_float32 or num_ranks == 1
+        assert gap < (1e-6 if is_exact else 3e-3) and of_largest < (1e-6 if is_exact else 5e-3)
 
 
 def test_ranks_talk():

@@ -175,6 +175,11 @@ def test_states_of_every_stage_by_hand():
     assert two.step == 1000 and of(2, moments=0).step == 0 and of(2, moments=0).optimizer == 1000
     host = of(2, offload_optimizer=True)
     assert (host.optimizer, host.gradients, host.weights) == (0, 1000, 2000)
+    for zero, bytes_each in ((1, 0), (2, 4), (3, 2)):  # a copy of the bucket in float32; a bucket of twice the width
+        more = of(zero, reduces_in_float32=True)
+        assert more.buffers - of(zero).buffers == bytes_each * 5e8
+        assert dataclasses.replace(more, buffers=0) == dataclasses.replace(of(zero), buffers=0)
+        assert of(zero, itemsize=4, reduces_in_float32=True) == of(zero, itemsize=4)
     ddp = of(0, itemsize=4)
     assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 4000, 4000, 8000)
 
