@@ -186,7 +186,8 @@ def _prepare_environment_for_deepspeed(on_cpu: bool) -> None:
 
         # Shared-memory collectives, an operator that takes a minute to compile. Must be known before the process group starts.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # alone, without a launcher: a process group of one
+    # Alone, without a launcher (or accelerate's, of one process): a group of one. RANK may be a job operator's.
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE") or 1) == 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)

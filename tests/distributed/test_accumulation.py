@@ -77,8 +77,9 @@ def test_one_process_equals_one_sum(monkeypatch):
     probe.forget_accelerator()
 
 
-def test_deepspeed_without_a_launcher():
-    (result,) = run_on_ranks("tests.distributed.probe:run_modes", 1, {"modes": {m: MODES[m] for m in ("zero1", "zero3")}})
+@pytest.mark.parametrize("job, modes", [("run_modes", ("zero1", "zero3")), ("alone_in_an_operators_environment", ("ddp", "zero1"))])
+def test_without_a_launcher(job, modes):
+    (result,) = run_on_ranks(f"tests.distributed.probe:{job}", 1, {"modes": {m: MODES[m] for m in modes}})
     for records in result.values():
         assert records[0]["num_processes"] == 1
         check(records, by_hand())
