@@ -28,7 +28,7 @@ from train.memory_items import (
     total_bytes,
     update_bytes,
 )
-from train.memory_setup import Setup, adapter_parameters
+from train.memory_setup import Setup, adapted_weights, adapter_parameters
 
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
@@ -143,6 +143,7 @@ def setup_of(
         offload_weights=sharding.offload_param != "none",
         reduces_in_float32=t.reduce_in_float32,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
+        dropped=adapted_weights(family, t.lora.target_modules) if t.lora.rank and t.lora.dropout else (),
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),
         predictions=budget // 2,

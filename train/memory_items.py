@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from models.family import DecoderConfig
 from models.row_length import padded_length
 from train.memory_engine import engine_bytes, engine_wants
-from train.memory_setup import Setup, layer_parameters, num_parameters, vocabulary_parameters
+from train.memory_setup import Setup, input_width, layer_parameters, num_parameters, vocabulary_parameters
 
 GIB = 2**30
 BUCKET = 5e8
@@ -48,12 +48,17 @@ packs being of many sizes. What is recomputed needlessly costs a fifth of the up
 # ----------------------------------------------------------------------------------------------------------- activations
 
 
-def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: bool = False) -> int:
+def kept_per_token(
+    c: DecoderConfig, itemsize: int, trains: bool = True, fused: bool = False, dropped: tuple[str, ...] = ()
+) -> int:
     """Bytes of a packed token that a layer keeps for its backward (models/decoder.py; attention without a mask in memory).
 
     Plain torch: a norm keeps its input in float32, the normed values in front of its weight (where that trains) and its result,
     which the product behind it reads. Measured on one H200: 225.6 KB at the 8B shape, and this is 225.4. fused
     (`training.fused_kernels`): a norm keeps its input and its result, one over heads its result alone, and no silu(gate).
+
+    dropped: layers with dropout before their adapters, which keep what is left of their input in the place of it, and a mask of
+    bytes. The output of the attention is kept all the same.
     """
 
     def norm(width: int) -> int:
@@ -66,6 +71,7 @@ def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: 
     if c.qk_norm and itemsize == 4 and not fused:
         kept -= 4 * (query + key)  # what goes into these norms is that of v
     kept += itemsize * query + 4 * c.num_heads  # the output, and the log of the softmax's sum
+    kept += sum(input_width(c, name) for name in dropped) + (itemsize * query if "attention.out.weight" in dropped else 0)
     return kept + itemsize * (3 if fused else 4) * c.intermediate_size  # gate and up, silu(gate), their product
 
 
@@ -171,7 +177,7 @@ def moments_of_update(s: Setup, policy: States) -> dict[str, tuple[float, float,
     c, n = s.shape, s.tokens
     trains = not s.adapter
     hidden = s.itemsize * c.hidden_size
-    kept, working = kept_per_token(c, s.itemsize, trains, s.fused), backward_per_token(c, s.itemsize)
+    kept, working = kept_per_token(c, s.itemsize, trains, s.fused, s.dropped), backward_per_token(c, s.itemsize)
     recomputed = s.num_recomputed
     of_layer = n * kept
     if s.attention == "block" or not s.fused or s.itemsize == 4:  # else variable-length attention needs no mask

@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
 from configs.load import load_config
-from models import attention, row_length
+from models import attention, lora, row_length
 from models.decoder import rope_cos_sin
 from models.family import DecoderConfig
 from models.lora import LoRA, attach
@@ -89,8 +89,7 @@ def norms(c: DecoderConfig) -> int:
 def test_parameters_are_those_of_the_decoder(name):
     model = build_tiny(FAMILIES.get(name))
     assert num_parameters(model.decoder.config) == sum(p.numel() for p in model.decoder.parameters())
-    lora = LoRA("base", rank=3, alpha=6, targets=targets_of(name))
-    attach(model.decoder, model.family, lora)
+    attach(model.decoder, model.family, LoRA("base", rank=3, alpha=6, targets=targets_of(name)))
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     assert memory_setup.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
 
@@ -104,15 +103,28 @@ def test_published_sizes():
     assert num_parameters(SHAPES["sdar-1.7b"]) == pytest.approx(1.72e9, rel=1e-3)
 
 
+DROPPED = {
+    "": (),
+    "all-linear": ("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"),
+    "k_proj o_proj": ("attention.qkv.weight", "attention.out.weight"),
+}
+"""Layers with dropout, by the targets."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trains", [True, False])
-def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains):
+@pytest.mark.parametrize("trains, dropped", [(True, ""), *((False, targets) for targets in DROPPED)])
+def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monkeypatch):
     """Bytes of all storages that a layer's backward holds, weights, masks and rotary tables aside. The attention here is a stand-in
-    that keeps what a fused one does: q, k, v and its output (and no log-sum)."""
+    that keeps what a fused one does: q, k, v and its output (and no log-sum). Dropout is the function that a GPU has, with a mask
+    of bytes."""
+    assert memory_setup.adapted_weights(SDAR, dropped.split() or ["all-linear"]) == (DROPPED[dropped] or DROPPED["all-linear"])
+    monkeypatch.setattr(lora.F, "dropout", lambda x, share: torch.native_dropout(x, share, True)[0])
     decoder = build_tiny(SDAR, dtype=dtype, intermediate_size=160).decoder
     c, layer, n = decoder.config, decoder.layers[0], 256
     if not trains:
         attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=targets_of("sdar")))
+        for name, adapted in lora.lora_layers(decoder).items():
+            adapted.dropout = 0.05 if f"{name}.weight".endswith(DROPPED[dropped] or "nothing") else 0.0
     x = torch.randn(n, c.hidden_size, dtype=dtype, requires_grad=True)
     cos, sin = rope_cos_sin(torch.arange(n), c.head_dim, 1e4, dtype)
     own = {p.untyped_storage().data_ptr() for p in [*layer.parameters(), cos, sin]}
@@ -127,7 +139,7 @@ def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains):
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         y = layer(x, cos, sin, 0, lambda layer, q, k, v: Fused.apply(q, k, v))
     kept = sum(storage.nbytes() for storage in held.values()) / n
-    expected = memory_items.kept_per_token(c, dtype.itemsize, trains) - 4 * c.num_heads
+    expected = memory_items.kept_per_token(c, dtype.itemsize, trains, dropped=DROPPED[dropped]) - 4 * c.num_heads
     assert kept == expected
     assert y.requires_grad
 
@@ -421,6 +433,18 @@ def test_the_setup_of_a_config(name, zero, adapter):
     check_fits(s, H200)
     with pytest.raises(UserError):
         check_fits(s, 12 * GIB)
+
+
+def test_dropout_is_counted_where_there_is_an_adapter():
+    """All-linear at the 8B shape in bfloat16: masks of 3 * 4,096 + 12,288 bytes, and the attention's output a second time."""
+
+    def kept(*overrides: str) -> int:
+        config = load_config("sft", ["config=configs/sft_sdar.yaml", *overrides])
+        s = setup_of(config, "sft", SDAR, EIGHT_B, 8, H200)
+        return memory_items.kept_per_token(EIGHT_B, 2, not s.adapter, s.fused, s.dropped)
+
+    adapter = "training.lora.rank=8"
+    assert kept(adapter, "training.lora.dropout=0.05") - kept(adapter) == 3 * 4096 + 12_288 + 2 * 4096
 
 
 def test_finetuning_samples_only_to_evaluate():
