@@ -210,12 +210,16 @@ def estimate(s: Setup) -> list[Item]:
     largest = 0 if s.adapter else vocabulary_parameters(c)
     policy = states(s, num_parameters(c) + s.adapter, s.num_trained, largest)
     moments = moments_of_update(s, policy)
+    buffers, gathered = policy.buffers, policy.gathered
     if s.value is not None:
         trained = dataclasses.replace(s, shape=s.value, recomputed_layers=s.recomputed_of(s.value.num_layers))
         num_value = num_parameters(s.value, has_head=False)
         value = states(trained, num_value, s.adapter or num_value, vocabulary_parameters(s.value))
         own = moments_of_update(trained, value)
         moments |= {f"value model's {name}": own[name] for name in own if name != "head"}  # of one column
+        # There in a model's own forward and backward alone; but the buckets of ZeRO-3 stay, and are counted with the model.
+        gathered = max(gathered, value.gathered)
+        buffers = buffers if s.zero == 3 else max(buffers, value.buffers)
     moment = max(moments, key=lambda name: sum(moments[name]))
     fresh, activations, extra = moments[moment]
     temporary = f"head, {min(s.head_chunk, s.predictions):,} rows at a time" if moment == "head" else "the optimizer's temporary"
@@ -227,13 +231,13 @@ def estimate(s: Setup) -> list[Item]:
         Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights),
         Item("gradients", gradients, policy.gradients + fresh),
         Item("optimizer states", policy.optimizer * stays, policy.optimizer),
-        Item("DeepSpeed's buckets", policy.buffers * stays if s.zero == 3 else 0.0, policy.buffers),
-        Item("gathered weights", 0.0, policy.gathered),
+        Item("DeepSpeed's buckets", buffers * stays if s.zero == 3 else 0.0, buffers),
+        Item("gathered weights", 0.0, gathered),
         Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations),
         Item(temporary, 0.0, extra),
     ]
     if s.value is not None:
-        total = value.weights + value.optimizer
+        total = value.weights + value.optimizer + (value.buffers if s.zero == 3 else 0.0)
         value_stays = 0.0 if s.value_offloaded_in_rollout else 1.0
         sampling = total * value_stays + value.gradients_in_rollout * (value_stays if s.zero else 1.0)
         items.append(Item("value model", sampling, total + value.gradients))

@@ -218,6 +218,18 @@ def test_a_value_model_and_a_reference_are_counted():
     rollout = [sum(item.rollout for item in estimate(s)) for s in (both, offloaded)]
     assert rollout[0] - rollout[1] == pytest.approx(critic * (2 + 12 / 8))
     assert torch_bytes(offloaded) == torch_bytes(both)
+    # ZeRO-3: a bucket of the value model's own, which holds its largest tensor, the embedding, and goes to the host with the rest.
+    three = dataclasses.replace(both, zero=3)
+    buckets = 2 * 151_936 * 4096 + 4 * 151_936 * 4096 / 8
+    item = next(item for item in estimate(three) if item.name == "value model")
+    assert item.update == item.rollout == pytest.approx(critic * (2 / 8 + 12 / 8 + 4 / 8) + buckets)
+    assert buckets / GIB == pytest.approx(1.45, abs=0.01)
+    offloaded = dataclasses.replace(three, value_offloaded_in_rollout=True)
+    assert next(item.rollout for item in estimate(offloaded) if item.name == "value model") == 0
+    # ZeRO-2: a bucket at a time, the wider one.
+    small = dataclasses.replace(SHAPES["tiny"], vocab_size=151_936)
+    one = {item.name: item.update for item in estimate(Setup(small, 2, gpus=8, zero=2, value=EIGHT_B))}
+    assert one["DeepSpeed's buckets"] == buckets
     ddp = dataclasses.replace(both, zero=0, itemsize=4, value_offloaded_in_rollout=True)  # whose buckets are out of reach
     assert {item.name: item.rollout for item in estimate(ddp)}["value model"] == 4 * critic
 
