@@ -412,3 +412,33 @@ def test_a_file_that_is_none(tmp_path, content):
     with pytest.raises(UserError, match="own.yaml") as error:
         deepspeed_files.read_deepspeed_file(str(path))
     assert "\n" not in str(error.value)
+
+
+WRONG_IN_A_FILE = {
+    "num_processes: two": "num_processes: got 'two', must be a whole number of at least 1",
+    "num_processes: 0": "num_processes: got 0, must be a whole number of at least 1",
+    "num_machines: 1.5": "num_machines: got 1.5, must be a whole number of at least 1",
+    "num_machines: true": "num_machines: got True, must be a whole number of at least 1",
+    "offload_optimizer_device: gpu": "offload_optimizer_device: got 'gpu', which is no place: set it to none or cpu",
+    "offload_param_device: [cpu]": "offload_param_device: got ['cpu'], which is no place: set it to none or cpu",
+    "offload_optimizer_device: nvme": "offload_optimizer_device: got 'nvme', which is not supported: what is offloaded goes to the "
+    "host's memory: set it to none or cpu",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_IN_A_FILE)
+def test_a_file_with_a_mistake_is_one_line(tmp_path, line):
+    path = tmp_path / "own.yaml"
+    path.write_text("deepspeed_config: {zero_stage: 2" + (f", {line}}}\n" if line.startswith("offload") else f"}}\n{line}\n"))
+    with pytest.raises(UserError) as error:
+        deepspeed_files.read_deepspeed_file(str(path))
+    assert str(error.value) == f"experiment.deepspeed_file: {path}: {WRONG_IN_A_FILE[line]}"
+
+
+def test_a_job_with_a_mistake_in_its_file_ends_with_2(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("num_processes: two\ndeepspeed_config: {zero_stage: 2}\n")
+    line = [sys.executable, "rl.py", "config=configs/rl_tiny.yaml", f"experiment.deepspeed_file={path}"]
+    project = [f"experiment.project={tmp_path / 'run'}", "model.pretrained_model=tiny-random", "model.prepare_config=null"]
+    job = subprocess.run([*line, *project], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert job.returncode == 2 and job.stderr.startswith("error: experiment.deepspeed_file: ") and job.stderr.count("\n") == 1
