@@ -17,12 +17,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Callable
 
-from common.errors import UserError, entry_point
+from common.errors import UserError, entry_point, warn_once
 from common.launch import launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import ScoredRollout, Task, write_jsonl
 from common.run_dir import RunDir, write_text
-from configs.checks import warn_once
 from configs.load import load_config
 from data.tasks import load_tasks
 from models.names import check_models

@@ -206,9 +206,11 @@ class Step:
 
     def setup(self, gpu_bytes: float) -> Any:
         """What the memory's estimate goes by (train/memory_items.py)."""
+        from common import dist
         from train.memory_estimate import setup_of
 
-        return setup_of(self.config, "rl", self.family, self.shape, self.accelerator.num_processes, gpu_bytes)
+        sharding = dist.sharding(self.accelerator)
+        return setup_of(self.config, "rl", self.family, self.shape, self.accelerator.num_processes, gpu_bytes, sharding=sharding)
 
     def estimate(self) -> dict[str, float]:
         """GiB that train/memory_items.py says torch will count; of the rollout without the cache, which torch does not see."""

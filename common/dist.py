@@ -24,6 +24,7 @@ import contextlib
 import datetime
 import itertools
 import logging
+import math
 import os
 import time
 import uuid
@@ -36,7 +37,7 @@ import torch.distributed
 from accelerate import Accelerator, DistributedDataParallelKwargs, InitProcessGroupKwargs
 from accelerate.utils import DeepSpeedPlugin, DistributedType
 
-from common.deepspeed_files import read_deepspeed_file
+from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError
 from common.launch import free_port
 
@@ -150,13 +151,11 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         # The stage and the offloading come from the environment of `accelerate launch`.
         plugin = DeepSpeedPlugin(gradient_accumulation_steps=1, gradient_clipping=clipping, zero3_save_16bit_model=True)
-    elif config.experiment.deepspeed_file is not None or weights_dtype(config) == torch.bfloat16:
-        name = config.experiment.deepspeed_file
-        file = read_deepspeed_file(name) if name is not None else None
+    elif (asked := sharding_asked_for(config, weights_dtype(config) == torch.bfloat16)).zero_stage:
         plugin = DeepSpeedPlugin(
-            zero_stage=file.zero_stage if file else 1,
-            offload_optimizer_device=file.offload_optimizer if file else "none",
-            offload_param_device=file.offload_param if file else "none",
+            zero_stage=asked.zero_stage,
+            offload_optimizer_device=asked.offload_optimizer,
+            offload_param_device=asked.offload_param,
             gradient_accumulation_steps=1,
             gradient_clipping=clipping,
             zero3_init_flag=False,
@@ -171,6 +170,10 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
         zero_force_ds_cpu_optimizer=False,  # with offloading: torch's optimizer instead of one that is compiled at first use
         data_types={"grad_accum_dtype": "fp32"},  # else many micro-batches add up in bfloat16
     )
+    # ZeRO-1 rounds the sum to what it sends; ZeRO-2 and 3 send each micro-batch's gradient, which is what the weights are.
+    sends_nothing = int(os.environ.get("WORLD_SIZE", "1")) == 1 and plugin.zero_stage == 1
+    if config.training.reduce_in_float32 or sends_nothing:
+        plugin.deepspeed_config["communication_data_type"] = "fp32"
     return plugin
 
 
@@ -183,7 +186,8 @@ def _prepare_environment_for_deepspeed(on_cpu: bool) -> None:
 
         # Shared-memory collectives, an operator that takes a minute to compile. Must be known before the process group starts.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    if "RANK" not in os.environ:  # alone, without a launcher: a process group of one
+    # Alone, without a launcher (or accelerate's, of one process): a group of one. RANK may be a job operator's.
+    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE") or 1) == 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -196,9 +200,17 @@ def uses_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
+def sharding(accelerator: Accelerator) -> Sharding:
+    """What DeepSpeed really does, whoever asked for it: the config, or the file of `accelerate launch`."""
+    if not uses_deepspeed(accelerator):
+        return Sharding(0, "none", "none")
+    plugin = accelerator.state.deepspeed_plugin
+    return Sharding(int(plugin.zero_stage), plugin.offload_optimizer_device or "none", plugin.offload_param_device or "none")
+
+
 def shards_weights(accelerator: Accelerator) -> bool:
     """Whether no rank holds the whole weights of a prepared model (ZeRO-3)."""
-    return uses_deepspeed(accelerator) and accelerator.state.deepspeed_plugin.zero_stage == 3
+    return sharding(accelerator).zero_stage == 3
 
 
 @contextmanager
@@ -247,20 +259,36 @@ def full_gradients(accelerator: Accelerator, model: torch.nn.Module) -> Iterator
 def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: Any, max_grad_norm: float | None) -> float:
     """Clip, step, and forget the gradients; returns the norm of the whole summed gradient before clipping.
 
-    Called once, after the last backward. `max_grad_norm` None or 0: no clipping. Under DeepSpeed it must be
-    `training.max_grad_norm`, which its engine was built with.
+    Where the norm is not finite the step is not taken: the weights and the optimizer's states stay as they are, in every mode, for
+    every rank has the same norm. Called once, after the last backward. `max_grad_norm` None or 0: no clipping. Under DeepSpeed it
+    must be `training.max_grad_norm`, which its engine was built with.
     """
     if uses_deepspeed(accelerator):
         assert model.gradient_clipping() == (max_grad_norm or 0.0), "DeepSpeed's engine was built with another max_grad_norm"
         assert model.is_gradient_accumulation_boundary(), "the last backward of the step was not run inside accumulate"
         model.step()
-        norm = model.get_global_grad_norm()
+        norm = model.get_global_grad_norm() if model.was_step_applied() else math.inf
+        assert math.isfinite(norm) == model.was_step_applied(), f"DeepSpeed took a step with a gradient of norm {norm}"
     else:
         assert accelerator.sync_gradients, "the last backward of the step was not run inside accumulate"
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), max_grad_norm or float("inf"))
-        optimizer.step()
+        if math.isfinite(norm):
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     return float(norm)
+
+
+def weights_are_finite(accelerator: Accelerator, model: torch.nn.Module) -> bool:
+    """Whether no trained weight of a prepared model is NaN or infinite, on any rank; all ranks together."""
+    extremes = [torch.zeros(1)]
+    for parameter in model.parameters():
+        own = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):  # ZeRO-3: this rank's piece, without what fills up the last one
+            piece = parameter.ds_tensor.detach()
+            own = piece[: max(0, parameter.ds_numel - torch.distributed.get_rank(parameter.ds_process_group) * piece.numel())]
+        if parameter.requires_grad and own.numel():
+            extremes.append(torch.stack(own.aminmax()).float())  # NaN, if one is there
+    return all(gather_objects(accelerator, bool(torch.cat([e.to(accelerator.device) for e in extremes]).isfinite().all())))
 
 
 # ------------------------------------------------------------------------------------------------------ between the ranks

@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 from pathlib import Path
-from typing import Callable, NoReturn
+from typing import Callable, Iterator, NoReturn
 
 ERROR_FILE = "UNMASK_ERROR_FILE"
 """Environment variable: where a rank leaves the cause of its end for the launcher, which tells it once (common/launch.py)."""
@@ -39,20 +39,31 @@ def fail(error: UserError) -> NoReturn:
     sys.exit(2)
 
 
+def origins(error: BaseException | None) -> Iterator[BaseException]:
+    """`error`, and one behind the other what it came from: its cause, or what broke off the work that it complains of.
+
+    torch, NCCL and DeepSpeed complain by RuntimeError or AssertionError where they are left in the middle of something. Any other
+    error while one is handled is a fault of its own, which what was handled would hide.
+    """
+    while error is not None:
+        yield error
+        is_collateral = isinstance(error, (RuntimeError, AssertionError)) and not error.__suppress_context__
+        error = error.__cause__ or (error.__context__ if is_collateral else None)
+
+
 def is_disk_full(error: BaseException | None) -> bool:
     """Whether `error`, or what it came from, says that nothing more can be written.
 
     safetensors keeps the system's words only; torch.save says where its archive breaks off, and keeps not even those.
     """
-    while error is not None:
-        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+    for one in origins(error):
+        if isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        text = str(error)
+        text = str(one)
         if "No space left on device" in text or "Disk quota exceeded" in text:
             return True
-        if isinstance(error, RuntimeError) and "inline_container" in text and ("unexpected pos" in text or "write failed" in text):
+        if isinstance(one, RuntimeError) and "inline_container" in text and ("unexpected pos" in text or "write failed" in text):
             return True
-        error = error.__cause__ or error.__context__
     return False
 
 
@@ -68,26 +79,26 @@ MEMORY_ADVICE = {
 
 def memory_is_full(error: BaseException | None) -> str | None:
     """One line that says where the memory of the GPU (or the machine) was used up and what to change; None for any other error."""
-    while error is not None:
-        text, kinds = str(error), {kind.__name__ for kind in type(error).__mro__}
-        on_host = "MemoryError" in kinds or "DefaultCPUAllocator" in text
+    for one in origins(error):
+        text, kinds = str(one), {kind.__name__ for kind in type(one).__mro__}
+        of_nccl = re.search(r"Failed to CUDA (host )?[mc]?alloc", text) if "RuntimeError" in kinds else None
+        on_host = "MemoryError" in kinds or "DefaultCPUAllocator" in text or bool(of_nccl and of_nccl[1])
         on_gpu = "OutOfMemoryError" in kinds or (
             "RuntimeError" in kinds and ("out of memory" in text or "CUBLAS_STATUS_ALLOC_FAILED" in text)
         )
-        if on_gpu or on_host:
+        if on_gpu or on_host or of_nccl:
             break
-        error = error.__cause__ or error.__context__
     else:
         return None
     room, place = "", ""
-    for frame, number in traceback.walk_tb(error.__traceback__):  # the innermost of ours comes last
+    for frame, number in traceback.walk_tb(one.__traceback__):  # the innermost of ours comes last
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and not path.relative_to(ROOT).parts[0].startswith("."):
             own = path.relative_to(ROOT)
             room, place = own.parts[0] if own.parts[0] in MEMORY_ADVICE else room, f" in {own}, line {number}"
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ [KMGT]iB)", text)
     return (
-        f"the {'GPU' if on_gpu else 'machine'}'s memory is full{place}{f' ({asked[1]} more were wanted)' if asked else ''}: "
+        f"the {'machine' if on_host else 'GPU'}'s memory is full{place}{f' ({asked[1]} more were wanted)' if asked else ''}: "
         f"{MEMORY_ADVICE[room]}; python -m train.memory_estimate says what takes how much. Started again the run goes on from its "
         "last state (with other settings: experiment.start_from_scratch=false)"
     )
@@ -96,6 +107,14 @@ def memory_is_full(error: BaseException | None) -> str | None:
 def warn(message: str) -> None:
     """Print one line that the user should see; the run goes on."""
     print(f"warning: {message}", file=sys.stderr, flush=True)
+
+
+def warn_once(message: str) -> None:
+    """Warn once per run: the processes that this one starts find the message in their environment."""
+    told = os.environ.get("UNMASK_TOLD", "").splitlines()
+    if os.environ.get("RANK", "0") == "0" and message not in told:
+        os.environ["UNMASK_TOLD"] = "\n".join([*told, message])
+        warn(message)
 
 
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:

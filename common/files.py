@@ -11,7 +11,8 @@ from pathlib import Path
 _AT_FDCWD = -100  # fcntl.h
 _RENAME_EXCHANGE = 2  # linux/fs.h
 _CANNOT = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM)
-"""What a kernel or file system answers (NFS, some of FUSE) that exchanges no names; EPERM: forbidden by a sandbox."""
+"""What a kernel or file system answers (NFS, some of FUSE) that exchanges no names or syncs no directory; EPERM: forbidden by a
+sandbox."""
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -31,19 +32,40 @@ def replace_directory(new: Path, folder: Path) -> None:
     """Move the directory `new` to `folder`, in the place of the one there may be.
 
     Whoever opens `folder` finds the old one or the new one, whole, at every instant. Where the file system cannot exchange names
-    there is an instant between two renames in which `folder` is missing; `recover_directories` mends a kill in it.
+    there is an instant between two renames in which `folder` is missing; `recover_directories` mends a kill in it. When this
+    returns, the new one is on the disk under its name; only then the old one is removed, so that a machine that loses its power
+    has one of them.
     """
+    sync(new)
+    old = _aside(folder)
     if not folder.exists():
         new.rename(folder)
     elif exchange(new, folder):
-        shutil.rmtree(new)  # the old one by now
-        return
+        old = new
     else:
-        aside = _aside(folder)
-        shutil.rmtree(aside, ignore_errors=True)
-        folder.rename(aside)
+        shutil.rmtree(old, ignore_errors=True)
+        folder.rename(old)
         new.rename(folder)
-    shutil.rmtree(_aside(folder), ignore_errors=True)
+    _sync(folder.parent)
+    shutil.rmtree(old, ignore_errors=old != new)
+
+
+def sync(folder: Path) -> None:
+    """Have all that is in a directory on the disk, names and contents, when this returns. What is there already costs nothing."""
+    for parent, _, files in os.walk(folder):
+        for path in (*(Path(parent, name) for name in files), Path(parent)):
+            _sync(path)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _CANNOT:
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def link_directory(source: Path, folder: Path) -> None:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn, Sequence
 
 from common.deepspeed_files import read_deepspeed_file
-from common.errors import ERROR_FILE, INTERRUPTED, INTERRUPTED_CODE, UserError
+from common.errors import ERROR_FILE, INTERRUPTED, INTERRUPTED_CODE, UserError, warn_once
 from common.nodes_link import HURRY, INTERRUPT, KILL, STOP, TERMINATE, Failure, Link
 
 if TYPE_CHECKING:
@@ -37,13 +37,15 @@ INTERRUPT_GRACE_SECONDS = 60.0
 POLL_SECONDS = 0.05
 SAME_SIGNAL_SECONDS = 2.0
 """Slurm and Kubernetes send a signal to every machine: what came here is not a second one where another machine just told of it."""
-_LAUNCHERS_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "ACCELERATE_MIXED_PRECISION")
+_LAUNCHERS_VARIABLES = ("LOCAL_RANK", "ACCELERATE_MIXED_PRECISION")
+"""Every process of torchrun's and of ours has the first, every one of accelerate's the second, that of one process too."""
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def already_launched() -> bool:
-    """Whether this process is one that a launcher (ours, torchrun, accelerate launch) has started."""
-    return any(name in os.environ for name in _LAUNCHERS_VARIABLES)
+    """Whether this process is one that a launcher (ours, torchrun, accelerate launch) has started, or one of several that find each
+    other in another way. RANK=0 and WORLD_SIZE=1 alone are no launcher's: job operators give them to the container of a machine."""
+    return any(name in os.environ for name in _LAUNCHERS_VARIABLES) or int(os.environ.get("WORLD_SIZE") or 1) > 1
 
 
 def writes_the_run(link: Link | None = None) -> bool:
@@ -87,6 +89,11 @@ def processes_on_this_machine(config: Config) -> int:
         return max(1, visible)
     file = read_deepspeed_file(config.experiment.deepspeed_file)
     named = file.num_processes // file.num_machines if file.num_processes else visible
+    if named < visible:
+        warn_once(
+            f"{named} of {visible} GPUs are used: experiment.deepspeed_file={config.experiment.deepspeed_file} names {named}: name "
+            f"a file of {visible}, or set experiment.num_processes={visible}"
+        )
     return max(1, min(named, visible))
 
 

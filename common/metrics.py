@@ -3,7 +3,7 @@
 Keys are flat, `group/name`:
 
     rollout/*  solve_rate, response_length, cut_off_share, tokens_per_forward, steps_per_block, entropy, dropped_groups, ...
-    train/*    loss, kl, clip_fraction, ratio_max, ratio_min, gradient_norm, learning_rate
+    train/*    loss, kl, clip_fraction, ratio_max, ratio_min, gradient_norm, learning_rate, num_skipped_updates
     gap/*      logprob_mean, logprob_max, k3: engine against trainer
     eval/NAME/accuracy, ...
     judge/*    what the judge was asked and said (docs/judge.md)

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Callable
 
 from common.errors import UserError
-from common.files import recover_directories, remove_partials
+from common.files import recover_directories, remove_partials, replace_directory
 from common.launch import already_launched
 from common.run_lock import SUFFIX as LOCK_SUFFIX
 from common.run_lock import RunLock
@@ -63,7 +63,8 @@ class RunDir:
         return states[-1] if states else None
 
     def write_state(self, step: int, write: Callable[[Path], None], is_main: bool, barrier: Callable[[], None]) -> None:
-        """Let every process `write` its part into a new folder, then give it its name and drop the older ones."""
+        """Let every process `write` its part into a new folder, then give it its name and, when it is on the disk, drop the older
+        ones."""
         final = self.states / f"{STATE_PREFIX}{step:06d}"
         partial = self.states / f".{final.name}.partial"
         if is_main:
@@ -74,9 +75,7 @@ class RunDir:
         barrier()
         if is_main:
             older = [p for p in self.states.iterdir() if p not in (partial, final)]
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
+            replace_directory(partial, final)
             for path in older:
                 shutil.rmtree(path, ignore_errors=True)
         barrier()

@@ -6,12 +6,11 @@ Every message says the setting, what was got and what is meant. Nothing here imp
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from common.deepspeed_files import read_deepspeed_file
-from common.errors import UserError, warn
+from common.errors import UserError, warn_once
 from common.registry import Registry
 from configs.schema import Config
 
@@ -90,14 +89,6 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     ),
 ]
 """(what is meant, the test, the settings). Nulls pass; of a list every item is tested."""
-
-
-def warn_once(message: str) -> None:
-    """Warn once per run: the processes that this one starts find the message in their environment."""
-    told = os.environ.get("UNMASK_TOLD", "").splitlines()
-    if os.environ.get("RANK", "0") == "0" and message not in told:
-        os.environ["UNMASK_TOLD"] = "\n".join([*told, message])
-        warn(message)
 
 
 def check(config: Config, job: str) -> None:

@@ -404,6 +404,9 @@ class Training:
     """Move optimizer states, gradients and a frozen reference (under ZeRO-3 the trainer's weights too) to the host while the engine
     samples, and back, bit for bit. auto: where the free GPU memory does not hold the keys and values of all sequences that may be
     in flight (of block models: of 128), and the host has place."""
+    reduce_in_float32: bool = False
+    """Sum bfloat16 gradients over the processes in float32: twice the traffic, and more memory under ZeRO-2 and 3, for sums without
+    the rounding of about 1e-3 that docs/exactness.md measures. One process rounds nothing either way."""
     mixed_precision: Literal["no", "bf16"] = "bf16"
     """bf16: bfloat16 weights with float32 masters in the optimizer. no: float32."""
     enable_tf32: bool = True

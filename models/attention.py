@@ -213,9 +213,9 @@ def flex_attention(ids: TokenIds) -> Attend:
     attention, mask = _compiled_flex(), block_mask(ids, length)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        options = kernel_options(q)
         if length > n:
             q, k, v = (F.pad(x, (0, 0, 0, 0, 0, length - n)) for x in (q, k, v))
+        options = kernel_options(q)  # of the filled row: rows of one size are compiled once
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         out = attention(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1], kernel_options=options)
         return out[0].transpose(0, 1)[:n]

@@ -93,7 +93,7 @@ class StepResult:
 
     loss: float
     gradient_norm: float
-    """Before clipping."""
+    """Before clipping. Not finite: the step was not taken."""
     learning_rate: float
     means: dict[str, float] = field(default_factory=dict)
     """Means over the step's predictions."""
@@ -121,7 +121,7 @@ class Trainer:
         self.gradient_norms = GradientNorms(module, model, config.logging.gradient_norms_every)
         self.module, self.wrapped_optimizer = accelerator.prepare(module, self.optimizer)
         self.num_steps = 0
-        """Optimizer steps taken: the version of the weights."""
+        """Optimizer steps taken: the version of the weights. One that is left out counts for no warm-up either."""
         self.host_copy = HostCopy(accelerator.device)
 
     def micro_batches(self, documents: list[Document]) -> Packs:
@@ -178,8 +178,13 @@ class Trainer:
                 totals.add(output, tables.diagnose(x, outputs), pack)
         self.gradient_norms.measure(self.accelerator, self.module, self.num_steps + 1)
         norm = dist.optimizer_step(self.accelerator, self.module, self.wrapped_optimizer, self.config.training.max_grad_norm)
-        self.num_steps += 1
+        self.num_steps += math.isfinite(norm)
         return totals.reduce(self.accelerator, norm, rate)
+
+    def weights_are_finite(self) -> bool:
+        """All ranks together."""
+        assert not self.is_offloaded
+        return dist.weights_are_finite(self.accelerator, self.module)
 
     @property
     def is_offloaded(self) -> bool:
@@ -278,19 +283,22 @@ class Totals:
 def merge_results(results: list[StepResult], group: str = "train") -> dict[str, float]:
     """The metrics `group/*` of one RL step from those of its updates: means over updates, extremes over all, sums of counts.
 
-    A name that has a group already keeps it. No results, no metrics.
+    A name that has a group already keeps it. No results, no metrics. Of updates that were not taken, their gradient not being
+    finite, the counts alone.
     """
     metrics: dict[str, float] = {}
     if not results:
         return metrics
-    for name in ("loss", "gradient_norm", "learning_rate"):
-        metrics[f"{group}/{name}"] = float(np.mean([getattr(r, name) for r in results]))
-    for name in results[0].means:  # the first has them all: some are measured there only
-        metrics[name if "/" in name else f"{group}/{name}"] = float(np.mean([r.means[name] for r in results if name in r.means]))
-    for name in results[0].extremes:
+    taken = [r for r in results if math.isfinite(r.gradient_norm)]
+    for name in ("loss", "gradient_norm", "learning_rate") if taken else ():
+        metrics[f"{group}/{name}"] = float(np.mean([getattr(r, name) for r in taken]))
+    for name in taken[0].means if taken else ():  # the first has them all: some are measured there only
+        metrics[name if "/" in name else f"{group}/{name}"] = float(np.mean([r.means[name] for r in taken if name in r.means]))
+    for name in taken[0].extremes if taken else ():
         keep = min if name.endswith("_min") else max
-        metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in results if name in r.extremes)
+        metrics[name if "/" in name else f"{group}/{name}"] = keep(r.extremes[name] for r in taken if name in r.extremes)
     metrics[f"{group}/num_updates"] = float(len(results))
+    metrics[f"{group}/num_skipped_updates"] = float(len(results) - len(taken))
     for name in ("num_tokens", "num_shared_tokens", "num_predictions"):
         metrics[f"{group}/{name}"] = float(sum(getattr(r, name) for r in results))
     return metrics

@@ -14,6 +14,7 @@ import itertools
 import sys
 from typing import Any, Iterator
 
+from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError, entry_point, warn
 from models.family import DecoderConfig
 from models.row_length import whole_tiles
@@ -27,7 +28,7 @@ from train.memory_items import (
     total_bytes,
     update_bytes,
 )
-from train.memory_setup import Setup, adapter_parameters
+from train.memory_setup import Setup, adapted_weights, adapter_parameters
 
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
@@ -113,21 +114,23 @@ def check_fits(s: Setup, gpu_bytes: float) -> None:
 
 
 def setup_of(
-    config: Any, job: str, family: Any, shape: DecoderConfig, gpus: int, gpu_bytes: float, value: DecoderConfig | None = None
+    config: Any,
+    job: str,
+    family: Any,
+    shape: DecoderConfig,
+    gpus: int,
+    gpu_bytes: float,
+    value: DecoderConfig | None = None,
+    sharding: Sharding | None = None,
 ) -> Setup:
     """The setup of a job ("rl" or "sft") whose model has that family and shape, on GPUs of that size.
 
-    value: the value model's shape, if it has one.
+    value: the value model's shape, if it has one. sharding: as it is (under `accelerate launch` the config does not say); None: as
+    the config has it.
     """
     t, r = config.training, config.rollout
     bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and t.mixed_precision == "bf16")
-    zero, offload_optimizer, offload_weights = 1 if bf16 else 0, False, False
-    if config.experiment.deepspeed_file is not None:
-        from common.deepspeed_files import read_deepspeed_file
-
-        file = read_deepspeed_file(config.experiment.deepspeed_file)
-        zero = file.zero_stage
-        offload_optimizer, offload_weights = file.offload_optimizer != "none", file.offload_param != "none"
+    sharding = sharding_asked_for(config, bf16) if sharding is None else sharding
     budget, prompt, response = t.max_tokens_per_microbatch, t.max_prompt_len, t.max_gen_length
     if family.attention == "block" or job == "rl":  # never cut: a slice with the clean text before it; a row
         budget = max(budget, prompt + response)
@@ -135,10 +138,12 @@ def setup_of(
         shape=shape,
         itemsize=2 if bf16 else 4,
         gpus=gpus,
-        zero=zero,
-        offload_optimizer=offload_optimizer,
-        offload_weights=offload_weights,
+        zero=sharding.zero_stage,
+        offload_optimizer=sharding.offload_optimizer != "none",
+        offload_weights=sharding.offload_param != "none",
+        reduces_in_float32=t.reduce_in_float32,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
+        dropped=adapted_weights(family, t.lora.target_modules) if t.lora.rank and t.lora.dropout else (),
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),
         predictions=budget // 2,

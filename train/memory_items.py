@@ -28,7 +28,7 @@ from dataclasses import dataclass
 from models.family import DecoderConfig
 from models.row_length import padded_length
 from train.memory_engine import engine_bytes, engine_wants
-from train.memory_setup import Setup, layer_parameters, num_parameters, vocabulary_parameters
+from train.memory_setup import Setup, input_width, layer_parameters, num_parameters, vocabulary_parameters
 
 GIB = 2**30
 BUCKET = 5e8
@@ -48,12 +48,17 @@ packs being of many sizes. What is recomputed needlessly costs a fifth of the up
 # ----------------------------------------------------------------------------------------------------------- activations
 
 
-def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: bool = False) -> int:
+def kept_per_token(
+    c: DecoderConfig, itemsize: int, trains: bool = True, fused: bool = False, dropped: tuple[str, ...] = ()
+) -> int:
     """Bytes of a packed token that a layer keeps for its backward (models/decoder.py; attention without a mask in memory).
 
     Plain torch: a norm keeps its input in float32, the normed values in front of its weight (where that trains) and its result,
     which the product behind it reads. Measured on one H200: 225.6 KB at the 8B shape, and this is 225.4. fused
     (`training.fused_kernels`): a norm keeps its input and its result, one over heads its result alone, and no silu(gate).
+
+    dropped: layers with dropout before their adapters, which keep what is left of their input in the place of it, and a mask of
+    bytes. The output of the attention is kept all the same.
     """
 
     def norm(width: int) -> int:
@@ -66,6 +71,7 @@ def kept_per_token(c: DecoderConfig, itemsize: int, trains: bool = True, fused: 
     if c.qk_norm and itemsize == 4 and not fused:
         kept -= 4 * (query + key)  # what goes into these norms is that of v
     kept += itemsize * query + 4 * c.num_heads  # the output, and the log of the softmax's sum
+    kept += sum(input_width(c, name) for name in dropped) + (itemsize * query if "attention.out.weight" in dropped else 0)
     return kept + itemsize * (3 if fused else 4) * c.intermediate_size  # gate and up, silu(gate), their product
 
 
@@ -138,7 +144,9 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
         buffers = 4 * min(num_trained, max(BUCKET, largest)) if s.gpus > 1 else 0.0
     else:
         gradients = 4 * split
-        buffers = s.itemsize * max(BUCKET, largest) + 4 * largest / share
+        sends = 4 if s.reduces_in_float32 else s.itemsize  # ZeRO-3 fills its bucket with that, ZeRO-2 has a copy beside its own
+        bucket = sends if s.zero == 3 or sends == s.itemsize else s.itemsize + sends
+        buffers = bucket * max(BUCKET, largest) + 4 * largest / share
         if s.zero == 3:
             in_rollout = gradients
             step = min(step, 4 * GATHERED)
@@ -169,7 +177,7 @@ def moments_of_update(s: Setup, policy: States) -> dict[str, tuple[float, float,
     c, n = s.shape, s.tokens
     trains = not s.adapter
     hidden = s.itemsize * c.hidden_size
-    kept, working = kept_per_token(c, s.itemsize, trains, s.fused), backward_per_token(c, s.itemsize)
+    kept, working = kept_per_token(c, s.itemsize, trains, s.fused, s.dropped), backward_per_token(c, s.itemsize)
     recomputed = s.num_recomputed
     of_layer = n * kept
     if s.attention == "block" or not s.fused or s.itemsize == 4:  # else variable-length attention needs no mask
@@ -202,12 +210,16 @@ def estimate(s: Setup) -> list[Item]:
     largest = 0 if s.adapter else vocabulary_parameters(c)
     policy = states(s, num_parameters(c) + s.adapter, s.num_trained, largest)
     moments = moments_of_update(s, policy)
+    buffers, gathered = policy.buffers, policy.gathered
     if s.value is not None:
         trained = dataclasses.replace(s, shape=s.value, recomputed_layers=s.recomputed_of(s.value.num_layers))
         num_value = num_parameters(s.value, has_head=False)
         value = states(trained, num_value, s.adapter or num_value, vocabulary_parameters(s.value))
         own = moments_of_update(trained, value)
         moments |= {f"value model's {name}": own[name] for name in own if name != "head"}  # of one column
+        # There in a model's own forward and backward alone; but the buckets of ZeRO-3 stay, and are counted with the model.
+        gathered = max(gathered, value.gathered)
+        buffers = buffers if s.zero == 3 else max(buffers, value.buffers)
     moment = max(moments, key=lambda name: sum(moments[name]))
     fresh, activations, extra = moments[moment]
     temporary = f"head, {min(s.head_chunk, s.predictions):,} rows at a time" if moment == "head" else "the optimizer's temporary"
@@ -219,13 +231,13 @@ def estimate(s: Setup) -> list[Item]:
         Item("weights", policy.weights * (stays if s.zero == 3 else 1.0), policy.weights),
         Item("gradients", gradients, policy.gradients + fresh),
         Item("optimizer states", policy.optimizer * stays, policy.optimizer),
-        Item("DeepSpeed's buckets", policy.buffers * stays if s.zero == 3 else 0.0, policy.buffers),
-        Item("gathered weights", 0.0, policy.gathered),
+        Item("DeepSpeed's buckets", buffers * stays if s.zero == 3 else 0.0, buffers),
+        Item("gathered weights", 0.0, gathered),
         Item(f"activations of {s.tokens:,} tokens, {how}", 0.0, activations),
         Item(temporary, 0.0, extra),
     ]
     if s.value is not None:
-        total = value.weights + value.optimizer
+        total = value.weights + value.optimizer + (value.buffers if s.zero == 3 else 0.0)
         value_stays = 0.0 if s.value_offloaded_in_rollout else 1.0
         sampling = total * value_stays + value.gradients_in_rollout * (value_stays if s.zero else 1.0)
         items.append(Item("value model", sampling, total + value.gradients))

@@ -29,12 +29,23 @@ def adapter_parameters(family: Any, c: DecoderConfig, rank: int, targets: list[s
     """Of a LoRA adapter of that rank beside `targets` (`training.lora.target_modules`)."""
     from models.lora_targets import resolve_targets, target_pieces
 
-    width = {"attention.out.weight": c.num_heads * c.head_dim, "mlp.down.weight": c.intermediate_size}
-    total = 0
-    for piece in target_pieces(family, c, resolve_targets(family, targets)):
-        num_in = next((size for name, size in width.items() if piece.parameter.endswith(name)), c.hidden_size)
-        total += rank * (num_in + piece.rows)
-    return total
+    pieces = target_pieces(family, c, resolve_targets(family, targets))
+    return sum(rank * (input_width(c, piece.parameter) + piece.rows) for piece in pieces)
+
+
+def input_width(c: DecoderConfig, weight: str) -> int:
+    """Of a (fused) linear layer, by the end of its weight's name in the decoder."""
+    widths = {"attention.out.weight": c.num_heads * c.head_dim, "mlp.down.weight": c.intermediate_size}
+    return next((size for name, size in widths.items() if weight.endswith(name)), c.hidden_size)
+
+
+def adapted_weights(family: Any, targets: list[str]) -> tuple[str, ...]:
+    """The (fused) linear layers of a decoder's layer that have an adapter beside `targets`, by the end of their weights' names."""
+    from models.family import SMALLEST
+    from models.lora_targets import LINEAR_WEIGHTS, resolve_targets, target_pieces
+
+    pieces = target_pieces(family, SMALLEST, resolve_targets(family, targets))
+    return tuple(name for name in LINEAR_WEIGHTS if any(piece.parameter.endswith(name) for piece in pieces))
 
 
 @dataclass(frozen=True)
@@ -52,8 +63,12 @@ class Setup:
     """By DeepSpeed (`_offload` files): masters and moments are on the host for good, and the update computes there."""
     offload_weights: bool = False
     """By DeepSpeed's ZeRO-3: the trainer's weights are on the host for good."""
+    reduces_in_float32: bool = False
+    """`training.reduce_in_float32`."""
     adapter: int = 0
     """Parameters of the LoRA adapter; 0: all weights train."""
+    dropped: tuple[str, ...] = ()
+    """Linear layers before whose adapters something is dropped (`adapted_weights`, with `training.lora.dropout`)."""
     moments: int = 2
     """Float32 states of the optimizer per trained parameter: 2 (AdamW) or 0 (SGD)."""
     tokens: int = 16_384

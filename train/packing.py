@@ -202,16 +202,56 @@ def assign(documents: list[Document], max_tokens: int, num_ranks: int, share_pro
     """Documents -> for every rank a list of micro-batches, the same number on each: [rank][micro-batch][document].
 
     As few micro-batches per rank as hold the tokens, and these filled evenly: parts go, longest first, to the one with the fewest
-    tokens. With fewer parts than ranks a rank is left with an empty micro-batch. share_prompts: as `build_pack` is going to.
+    tokens. Of few long documents the ranks that have none would wait for the others: they are cut further where that makes up for
+    the clean text that every part repeats. With fewer parts than ranks a rank is left with an empty micro-batch. share_prompts: as
+    `build_pack` is going to.
     """
     parts = [part for document in documents for part in split_long(document, max_tokens)]
-    parts.sort(key=lambda d: -d.num_tokens)  # stable: equal ones stay in order
-    prefixes = [part.prefix if share_prompts else None for part in parts]
-    num_tokens = sum(part.num_tokens for part in parts) - saved_by_sharing(prefixes)
-    per_rank = -(-num_tokens // (max_tokens * num_ranks))
-    while (bins := deal(parts, prefixes, max_tokens, per_rank * num_ranks, num_tokens)) is None:
-        per_rank += 1
+    bins = fill(parts, max_tokens, num_ranks, share_prompts)
+    best, even = slowest(bins, num_ranks, share_prompts), sum(num_tokens(b, share_prompts) for b in bins) / num_ranks
+    longest, share = max((part.num_tokens for part in parts), default=0), even * num_ranks / max(1, len(bins))
+    if num_ranks == 1 or longest <= share or best * (1 - GAIN) <= even:
+        return [bins[rank::num_ranks] for rank in range(num_ranks)]
+    best *= 1 - GAIN
+    for limit in np.geomspace(share, longest, NUM_CUTS + 1)[:-1]:
+        cut = [part for d in documents for part in split_long(d, min(max_tokens, shortest_cut(d, int(limit), num_ranks)))]
+        others = fill(cut, max_tokens, num_ranks, share_prompts)
+        if (least := slowest(others, num_ranks, share_prompts)) < best:
+            bins, best = others, least
     return [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+GAIN = 0.03
+"""The share of its time that an update has to gain by cutting documents for the ranks' sake."""
+NUM_CUTS = 5
+"""Lengths of parts that are tried."""
+
+
+def shortest_cut(document: Document, limit: int, num_ranks: int) -> int:
+    """`limit`, or as much more as leaves no more parts than there are ranks."""
+    return max(limit, document.num_clean + -(-document.num_slice_tokens // num_ranks))
+
+
+def num_tokens(documents: list[Document], share_prompts: bool) -> int:
+    """Of their pack."""
+    return sum(d.num_tokens for d in documents) - saved_by_sharing([d.prefix if share_prompts else None for d in documents])
+
+
+def slowest(bins: list[list[Document]], num_ranks: int, share_prompts: bool) -> int:
+    """Tokens that a step takes as long as: of every micro-batch those of the rank that has most, as ranks wait for each other."""
+    loads = [num_tokens(documents, share_prompts) for documents in bins]
+    return sum(max(loads[first : first + num_ranks]) for first in range(0, len(loads), num_ranks))
+
+
+def fill(parts: list[Document], max_tokens: int, num_ranks: int, share_prompts: bool) -> list[list[Document]]:
+    """Parts of at most `max_tokens` -> micro-batches, of every rank the first, then of every rank the second, ..."""
+    parts = sorted(parts, key=lambda d: -d.num_tokens)  # stable: equal ones stay in order
+    prefixes = [part.prefix if share_prompts else None for part in parts]
+    total = num_tokens(parts, share_prompts)
+    per_rank = -(-total // (max_tokens * num_ranks))
+    while (bins := deal(parts, prefixes, max_tokens, per_rank * num_ranks, total)) is None:
+        per_rank += 1
+    return bins
 
 
 def prefix_length(prefix: bytes | None) -> int:

@@ -121,7 +121,8 @@ class Run:
         if critic is not None and value is None:
             value = read_shape(str(find_directory(critic, "model.value_base_model")), model.family)
         job, gpus = "rl" if samples else "sft", self.accelerator.num_processes
-        self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value)
+        sharding = dist.sharding(self.accelerator)
+        self.setup = setup_of(config, job, model.family, model.decoder.config, gpus, self.gpu_bytes, value, sharding)
         self.offload.wanted_bytes = engine_wants(self.setup)
         if self.is_main:
             print(memory_table(self.setup, self.gpu_bytes), flush=True)
@@ -191,6 +192,7 @@ class Run:
     def save_state(self, extra: dict[str, Any]) -> None:
         """Write what resuming needs. `extra`: JSON, what the caller needs besides weights, optimizer and counters."""
         self.offload.reload()
+        self.check_weights()
         saved = {
             "step": self.step,
             "finished": self.step == self.total_steps,
@@ -208,11 +210,24 @@ class Run:
 
         self.directory.write_state(self.step, write, self.is_main, lambda: dist.barrier(self.accelerator))
 
+    def check_weights(self) -> None:
+        """Raises UserError where a trained weight is not finite: what is good is not replaced. All ranks together."""
+        broken = [name for name, (_, trainer) in self.trained.items() if not trainer.weights_are_finite()]
+        if broken:
+            folder = dist.broadcast_object(self.accelerator, self.directory.latest_state() if self.is_main else None)
+            good = f"the last good state is {folder}" if folder is not None else "there is no state yet"
+            raise UserError(
+                f"step {self.step}: weights of the {' and the '.join(broken)} model are NaN or infinite, so nothing was written, "
+                f"and {good}: lower optimizer.params.learning_rate or training.max_grad_norm, and go on from there with "
+                "experiment.start_from_scratch=false"
+            )
+
     # -- checkpoints
 
     def save_checkpoint(self, *names: str) -> None:
         """Write the weights in Hugging Face format as ckpt/NAME, for every name: once, further names link to them."""
         self.offload.reload()
+        self.check_weights()
         state = self.trainer.state_dict()
         if self.is_main:
             prefix = "decoder."
@@ -242,6 +257,10 @@ class Run:
         """
         experiment = self.config.experiment
         self.step += 1
+        for group, what in (("train", "the model"), ("value", "the value model")):
+            skipped, number = (int(metrics.get(f"{group}/num_{name}", 0)) for name in ("skipped_updates", "updates"))
+            if skipped and self.is_main:
+                warn(f"step {self.step}: {skipped} of {number} updates of {what} not made: the gradient was NaN or infinite")
         is_last = self.step == self.total_steps
         if self.step % experiment.save_every == 0 or is_last:
             with self.phase("save"):

@@ -280,7 +280,7 @@ sys.exit(1)
 
 @pytest.fixture
 def no_launcher(monkeypatch):
-    for name in launch._LAUNCHERS_VARIABLES:
+    for name in (*launch._LAUNCHERS_VARIABLES, "RANK", "WORLD_SIZE", "UNMASK_TOLD"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -320,6 +320,40 @@ def test_more_processes_than_gpus(monkeypatch, no_launcher):
 def test_a_launched_process_does_not_launch_again(monkeypatch, no_launcher, name):
     monkeypatch.setenv(name, "1")
     assert launch.needs_launch(config_of(2)) is None
+
+
+@pytest.mark.parametrize("size, expected", [("1", 8), ("", 8), ("4", None)])
+def test_a_job_operators_environment_is_no_launcher(monkeypatch, no_launcher, size, expected):
+    """It says which machine of how many this is. Of several machines one process each may have been meant."""
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 8)
+    for name, value in {"RANK": "0", "WORLD_SIZE": size, "MASTER_ADDR": "job-0", "MASTER_PORT": "23456"}.items():
+        monkeypatch.setenv(name, value)
+    assert launch.needs_launch(config_of()) == expected
+
+
+def test_what_torchrun_and_accelerate_set(tmp_path):
+    """Both, with one process and with two, are found."""
+    script = tmp_path / "job.py"
+    script.write_text("from common.launch import already_launched\nprint('launched', already_launched(), flush=True)\n")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+    accelerate = ["-m", "accelerate.commands.accelerate_cli", "launch", "--cpu", "--num_processes"]
+    for line in ([*torchrun, "1"], [*torchrun, "2"], [*accelerate, "1"]):
+        command = [sys.executable, *line, str(script)]
+        done = subprocess.run(command, cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
+        assert done.stdout.split() == ["launched", "True"] * (2 if line[-1] == "2" else 1), done.stderr
+    alone = subprocess.run([sys.executable, str(script)], cwd=ROOT, env=clean_environment(), capture_output=True, text=True)
+    assert alone.stdout.split() == ["launched", "False"]
+
+
+def test_gpus_that_are_left_out_are_said(monkeypatch, no_launcher, capsys):
+    monkeypatch.setattr(launch, "visible_gpus", lambda: 8)
+    for _ in range(2):  # once
+        assert launch.processes_on_this_machine(config_of(None, "1_node_4_gpus_deepspeed_zero3")) == 4
+    expected = "warning: 4 of 8 GPUs are used: experiment.deepspeed_file=1_node_4_gpus_deepspeed_zero3 names 4: name a file of 8, "
+    assert capsys.readouterr().err == expected + "or set experiment.num_processes=8\n"
+    assert launch.processes_on_this_machine(config_of(4, "1_node_4_gpus_deepspeed_zero3")) == 4
+    assert launch.processes_on_this_machine(config_of(None, "1_node_8_gpus_deepspeed_zero3")) == 8
+    assert not capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -378,3 +412,33 @@ def test_a_file_that_is_none(tmp_path, content):
     with pytest.raises(UserError, match="own.yaml") as error:
         deepspeed_files.read_deepspeed_file(str(path))
     assert "\n" not in str(error.value)
+
+
+WRONG_IN_A_FILE = {
+    "num_processes: two": "num_processes: got 'two', must be a whole number of at least 1",
+    "num_processes: 0": "num_processes: got 0, must be a whole number of at least 1",
+    "num_machines: 1.5": "num_machines: got 1.5, must be a whole number of at least 1",
+    "num_machines: true": "num_machines: got True, must be a whole number of at least 1",
+    "offload_optimizer_device: gpu": "offload_optimizer_device: got 'gpu', which is no place: set it to none or cpu",
+    "offload_param_device: [cpu]": "offload_param_device: got ['cpu'], which is no place: set it to none or cpu",
+    "offload_optimizer_device: nvme": "offload_optimizer_device: got 'nvme', which is not supported: what is offloaded goes to the "
+    "host's memory: set it to none or cpu",
+}
+
+
+@pytest.mark.parametrize("line", WRONG_IN_A_FILE)
+def test_a_file_with_a_mistake_is_one_line(tmp_path, line):
+    path = tmp_path / "own.yaml"
+    path.write_text("deepspeed_config: {zero_stage: 2" + (f", {line}}}\n" if line.startswith("offload") else f"}}\n{line}\n"))
+    with pytest.raises(UserError) as error:
+        deepspeed_files.read_deepspeed_file(str(path))
+    assert str(error.value) == f"experiment.deepspeed_file: {path}: {WRONG_IN_A_FILE[line]}"
+
+
+def test_a_job_with_a_mistake_in_its_file_ends_with_2(tmp_path):
+    path = tmp_path / "own.yaml"
+    path.write_text("num_processes: two\ndeepspeed_config: {zero_stage: 2}\n")
+    line = [sys.executable, "rl.py", "config=configs/rl_tiny.yaml", f"experiment.deepspeed_file={path}"]
+    project = [f"experiment.project={tmp_path / 'run'}", "model.pretrained_model=tiny-random", "model.prepare_config=null"]
+    job = subprocess.run([*line, *project], cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120)
+    assert job.returncode == 2 and job.stderr.startswith("error: experiment.deepspeed_file: ") and job.stderr.count("\n") == 1

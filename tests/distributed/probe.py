@@ -6,6 +6,7 @@ last rank is filler: it joins every collective and adds nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from typing import Any
 
@@ -81,8 +82,11 @@ def make_steps(num_ranks: int) -> list[list[list[dict[str, Any]]]]:
     return steps
 
 
-def make_config(deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM) -> Config:
+def make_config(
+    deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM, in_float32: bool = False
+) -> Config:
     config = Config()
+    config.training.reduce_in_float32 = in_float32
     config.experiment.deepspeed_file = deepspeed_file
     config.model.dtype = dtype
     config.training.max_grad_norm = max_grad_norm
@@ -100,9 +104,15 @@ def forget_accelerator() -> None:
 
 
 def run_mode(
-    deepspeed_file: str | None, dtype: str = "float32", max_grad_norm: float | None = MAX_GRAD_NORM
+    deepspeed_file: str | None,
+    dtype: str = "float32",
+    max_grad_norm: float | None = MAX_GRAD_NORM,
+    broken_step: int | None = None,
 ) -> list[dict[str, Any]]:
-    """One record per optimizer step: summed gradients, norm, weights, whether they moved before the step, number of steps."""
+    """One record per optimizer step: summed gradients, norm, weights, whether they moved before the step, number of steps.
+
+    broken_step: in it the loss of the last rank's first micro-batch is NaN.
+    """
     from common import dist
 
     forget_accelerator()
@@ -123,8 +133,9 @@ def run_mode(
         for index, micro_batch in enumerate(micro_batches):
             with dist.accumulate(accelerator, model, index, len(micro_batches)):
                 losses = model(micro_batch["ids"].to(device), micro_batch["targets"].to(device))
-                dist.backward(accelerator, model, losses.sum() * micro_batch["scale"])
-            moved_early |= optimizer.num_steps != step
+                is_broken = step == broken_step and index == 0 and rank == accelerator.num_processes - 1
+                dist.backward(accelerator, model, losses.sum() * (math.nan if is_broken else micro_batch["scale"]))
+            moved_early |= optimizer.num_steps != (records[-1]["num_steps"] if records else 0)
         moved_early |= any(not torch.equal(before[name], value) for name, value in weights(accelerator, model).items())
         gradients = {}  # none are left where the step came too early
         if not moved_early:
@@ -134,6 +145,7 @@ def run_mode(
             "gradients": gradients,
             "norm": norm,
             "weights": weights(accelerator, model),
+            "finite": dist.weights_are_finite(accelerator, model),
             "moved_early": moved_early,
             "num_steps": optimizer.num_steps,
             "num_processes": accelerator.num_processes,
@@ -184,3 +196,62 @@ def talk() -> dict[str, Any]:
         "own": dict(watch.seconds),
         "nested": (nested.seconds["inner"], nested.seconds["outer"], elapsed),
     }
+
+
+def sharding_under_accelerate(config_file: str | None) -> tuple[int, str, str]:
+    """As the accelerator has it where `accelerate launch` says ZeRO-3 with all on the host and the config names `config_file`."""
+    from unittest import mock
+
+    from common import dist
+
+    forget_accelerator()
+    devices = {f"ACCELERATE_DEEPSPEED_OFFLOAD_{what}_DEVICE": "cpu" for what in ("OPTIMIZER", "PARAM")}
+    with mock.patch.dict(os.environ, ACCELERATE_USE_DEEPSPEED="true", ACCELERATE_DEEPSPEED_ZERO_STAGE="3", **devices):
+        found = dist.sharding(dist.make_accelerator(make_config(config_file)))
+    return found.zero_stage, found.offload_optimizer, found.offload_param
+
+
+NUM_MICRO_BATCHES = 128
+
+
+def many_micro_batches() -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(2)
+    pairs = (torch.randint(0, VOCAB, (2, 6), generator=generator) for _ in range(NUM_MICRO_BATCHES))
+    return [{"ids": ids, "targets": targets} for ids, targets in pairs]
+
+
+def master_changes(modes: dict[str, dict[str, Any]]) -> dict[str, dict[str, Tensor]]:
+    """By mode (arguments of make_config) and weight the summed gradient of all micro-batches, dealt to the ranks in turn: by how
+    much the float32 masters of bfloat16 weights are smaller behind a step of SGD at a rate of 1."""
+    from common import dist, state
+
+    changes = {}
+    for mode, arguments in modes.items():
+        forget_accelerator()
+        config = make_config(dtype="bfloat16", max_grad_norm=None, **arguments)
+        accelerator = dist.make_accelerator(config)
+        net = make_net().to(torch.bfloat16)
+        model, optimizer = accelerator.prepare(net, torch.optim.SGD(net.parameters(), lr=1.0))
+        parts = state._parts(accelerator)
+        own = many_micro_batches()[accelerator.process_index :: accelerator.num_processes]
+        before = masters(parts)
+        for index, m in enumerate(own):
+            with dist.accumulate(accelerator, model, index, len(own)):
+                dist.backward(accelerator, model, model(m["ids"], m["targets"]).sum())
+        dist.optimizer_step(accelerator, model, optimizer, None)
+        changes[mode] = {name: before[name] - after for name, after in masters(parts).items()}
+    return changes
+
+
+def masters(parts: Any) -> dict[str, Tensor]:
+    """parts: of common/state.py."""
+    from common.state import WEIGHT
+
+    return {name: parts.read(p, WEIGHT).clone().view(parts.shape(p)) for name, p in parts.parameters()}
+
+
+def alone_in_an_operators_environment(modes: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """run_modes in one process, in a container that was told of a rank and a host that is not there."""
+    operators = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}
+    os.environ.update(operators)
+    return run_modes(modes)

@@ -77,22 +77,65 @@ def test_one_process_equals_one_sum(monkeypatch):
     probe.forget_accelerator()
 
 
-def test_deepspeed_without_a_launcher():
-    (result,) = run_on_ranks("tests.distributed.probe:run_modes", 1, {"modes": {m: MODES[m] for m in ("zero1", "zero3")}})
+@pytest.mark.parametrize("job, modes", [("run_modes", ("zero1", "zero3")), ("alone_in_an_operators_environment", ("ddp", "zero1"))])
+def test_without_a_launcher(job, modes):
+    (result,) = run_on_ranks(f"tests.distributed.probe:{job}", 1, {"modes": {m: MODES[m] for m in modes}})
     for records in result.values():
         assert records[0]["num_processes"] == 1
         check(records, by_hand())
 
 
 @pytest.mark.parametrize("mode", BFLOAT16)
-def test_bfloat16_weights_have_float32_masters(of_two_ranks, mode):
-    """The gradients of a bfloat16 net, added up in float32; norms within bfloat16's 3 digits of those by hand."""
+def test_bfloat16_weights_step_as_float32_ones(of_two_ranks, mode):
+    """Norms within bfloat16's 3 digits of those by hand."""
     for result in of_two_ranks:
         for step, (record, right) in enumerate(zip(result[f"{mode}, bfloat16"], by_hand(), strict=True)):
             assert not record["moved_early"] and record["num_steps"] == step + 1
             assert record["norm"] == pytest.approx(right["norm"], rel=0.03)
             for name, value in right["gradients"].items():
                 assert float((record["gradients"][name].double() - value).abs().max() / value.abs().max()) < 0.1, name
+
+
+STAGES = {f"zero{stage}": {"deepspeed_file": f"1_node_2_gpus_deepspeed_zero{stage}"} for stage in (1, 2, 3)}
+IN_FLOAT32 = {name: {**arguments, "in_float32": True} for name, arguments in STAGES.items()}
+
+
+def norm(tensors: dict[str, torch.Tensor]) -> float:
+    return float(torch.cat([t.flatten() for t in tensors.values()]).norm())
+
+
+@pytest.fixture(scope="module")
+def summed() -> dict[str, torch.Tensor]:
+    """The bfloat16 gradients of all micro-batches, one by one, added up in float64."""
+    net = probe.make_net().to(torch.bfloat16)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    total = {name: torch.zeros(p.shape, dtype=torch.float64) for name, p in net.named_parameters()}
+    for m in probe.many_micro_batches():
+        for name, gradient in zip(names, torch.autograd.grad(net(m["ids"], m["targets"]).sum(), parameters), strict=True):
+            total[name] += gradient.double()
+    return total
+
+
+@pytest.fixture(scope="module")
+def sums_of_ranks() -> dict[int, list[dict[str, Any]]]:
+    """By number of processes."""
+    modes = {**STAGES, **{f"{name} in float32": arguments for name, arguments in IN_FLOAT32.items()}}
+    return {n: run_on_ranks("tests.distributed.probe:master_changes", n, {"modes": STAGES if n == 1 else modes}) for n in (1, 2)}
+
+
+@pytest.mark.parametrize("num_ranks, in_float32", [(1, False), (2, True), (2, False)])
+@pytest.mark.parametrize("stage", STAGES)
+def test_many_bfloat16_gradients_add_up_in_float32(summed, sums_of_ranks, stage, num_ranks, in_float32):
+    """128 micro-batches. Where nothing is sent, or float32 is, what is left is the rounding of the masters themselves."""
+    mode = f"{stage} in float32" if in_float32 else stage
+    for result in sums_of_ranks[num_ranks]:
+        gaps = {name: value.double() - summed[name] for name, value in result[mode].items()}
+        gap = norm(gaps) / norm(summed)
+        of_largest = max(float(g.abs().max() / summed[name].abs().max()) for name, g in gaps.items())
+        print(f"{mode}, {num_ranks} processes: {gap:.1e} of the gradient's norm, {of_largest:.1e} of a tensor's largest entry")
+        assert result[mode].keys() == summed.keys()
+        is_exact = in_float32 or num_ranks == 1
+        assert gap < (1e-6 if is_exact else 3e-3) and of_largest < (1e-6 if is_exact else 5e-3)
 
 
 def test_ranks_talk():
@@ -103,3 +146,9 @@ def test_ranks_talk():
     assert first["slowest"] == second["slowest"] == second["own"]
     inner, outer, elapsed = first["nested"]  # of a phase in another: each second is counted once
     assert inner >= 0.2 and outer >= 0.05 and inner + outer <= elapsed
+
+
+def test_the_file_of_accelerates_launcher_wins():
+    arguments = {"config_file": "1_node_2_gpus_deepspeed_zero2"}
+    (found,) = run_on_ranks("tests.distributed.probe:sharding_under_accelerate", 1, arguments)
+    assert found == (3, "cpu", "cpu")

@@ -6,6 +6,7 @@ of the run is what an unbroken one leaves, bit for bit.
 
 from __future__ import annotations
 
+import errno
 import itertools
 import subprocess
 import sys
@@ -17,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import entry_point, memory_is_full
+from common.errors import UserError, entry_point, is_disk_full, memory_is_full
 from common.metrics import read_metrics
 from tests.distributed.harness import ROOT, clean_environment
 from tests.jobs.conftest import content
@@ -129,6 +130,11 @@ def test_a_gpu_that_is_really_full(tmp_path):
 
 # ---- the line
 
+NCCL = (
+    "NCCL error in: NCCLUtils.cpp:94, unhandled cuda error (run with NCCL_DEBUG=INFO for details), NCCL version 2.27.5\n"
+    "ncclUnhandledCudaError: Call to CUDA function failed.\nLast error:\nFailed to CUDA {} bytes"
+)
+
 
 def raised(error: BaseException) -> BaseException:
     try:
@@ -142,16 +148,54 @@ def test_full_memory_is_told_from_other_errors():
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has"),
         RuntimeError("CUDA error: out of memory"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        *(torch.distributed.DistBackendError(NCCL.format(what)) for what in ("calloc async 608", "calloc 8", "malloc 4194304")),
     ]:
         line = memory_is_full(raised(error))
         assert line is not None and "GPU's memory" in line and "\n" not in line
-    host = memory_is_full(raised(MemoryError()))
-    assert host is not None and "machine's memory" in host
-    for other in [RuntimeError("CUDA error: an illegal memory access was encountered"), ValueError("out of memory"), KeyError("x")]:
+    for what in ("host malloc 2097152", "host alloc 2097152"):
+        of_nccl = torch.distributed.DistBackendError(NCCL.format(what))
+        for error in (MemoryError(), of_nccl):
+            host = memory_is_full(raised(error))
+            assert host is not None and "machine's memory" in host and "\n" not in host
+    for other in [
+        RuntimeError("CUDA error: an illegal memory access was encountered"),
+        torch.distributed.DistBackendError("NCCL error: remote process exited or there was a network error"),
+        ValueError("out of memory"),
+        ValueError("Failed to CUDA calloc async 608 bytes"),
+        KeyError("x"),
+    ]:
         assert memory_is_full(raised(other)) is None
-    behind = RuntimeError("the update failed")
-    behind.__cause__ = torch.OutOfMemoryError("CUDA out of memory.")
-    assert memory_is_full(behind) is not None
+
+
+def behind_full_memory(error: BaseException, **cause: bool) -> BaseException:
+    """`error`, raised while full memory is handled; is_cause: it says so itself, or that it has no cause."""
+    full = raised(torch.OutOfMemoryError("CUDA out of memory."))
+    error.__context__ = full
+    if cause:
+        error.__cause__ = full if cause["is_cause"] else None  # as `raise error from` does, which suppresses the context
+    return raised(error)
+
+
+def test_what_full_memory_broke_off_is_told_from_other_faults():
+    """The libraries' complaints of being left in the middle of something are full memory; a mistake in a handler is itself."""
+    complaints = [
+        RuntimeError("Backward hooks are in an unexpected state"),
+        AssertionError("the engine is within no_sync"),
+        torch.distributed.DistBackendError("NCCL communicator was aborted on rank 1"),
+    ]
+    for error in complaints:
+        assert memory_is_full(behind_full_memory(error)) is not None
+    for error in [KeyError("loss"), TypeError("'NoneType' object"), UserError("training.eps: got -1"), FileNotFoundError("x")]:
+        assert memory_is_full(behind_full_memory(error)) is None
+        assert memory_is_full(behind_full_memory(error, is_cause=True)) is not None
+    assert memory_is_full(behind_full_memory(RuntimeError("another"), is_cause=False)) is None
+    full_disk = OSError(errno.ENOSPC, "No space left on device")
+    behind = KeyError("x")
+    behind.__context__ = full_disk
+    assert is_disk_full(full_disk) and not is_disk_full(behind)
+    behind = RuntimeError("cannot close the archive")
+    behind.__context__ = full_disk
+    assert is_disk_full(behind)
 
 
 def test_the_advice_is_that_of_the_room():

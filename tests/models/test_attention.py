@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from models import attention
 from models.attention import (
     TILE,
+    TUNED,
     TokenIds,
     attention_backend,
     best_backend,
@@ -139,6 +140,26 @@ def test_attention_runs_at_few_sizes(monkeypatch, kind):
     few = {padded_length(n) for n in range(TILE, 16 * TILE * 8 + 1, TILE)}
     assert padded_length(12_845 // TILE * TILE) == 14_336 and padded_length(16_384) == 16_384 and padded_length(TILE) == TILE
     assert all(n <= padded_length(n) < 1.25 * n for n in range(TILE, 16 * TILE * 8 + 1, TILE)) and len(few) == 8 + 4 * 4
+
+
+def test_rows_of_one_filled_length_have_one_set_of_options(monkeypatch):
+    """Another set would compile a second forward and backward: eight tiles and seven, filled up to twelve, and once not."""
+    called = []
+
+    def recorded(q, k, v, block_mask, kernel_options, **others):
+        called.append((q.shape[2], kernel_options))
+        return q
+
+    monkeypatch.setattr(attention, "_compiled_flex", lambda: recorded)
+    # As on the GPU that the options were measured on.
+    monkeypatch.setattr(attention, "kernel_options", lambda q: TUNED if len(q) >= 1024 else None)
+    many = random_ids(num_documents=130, seed=4, kind="shared")
+    for num_tiles, attended_tiles in ((8, 12), (7, 12), (7, 0)):
+        ids = first_tokens(many, num_tiles * TILE)
+        ids.attended_length = attended_tiles * TILE
+        q, k, v = (torch.randn(num_tiles * TILE, heads, 16) for heads in (4, 2, 2))
+        assert torch.equal(flex_attention(ids)(0, q, k, v), q)
+    assert called == [(12 * TILE, TUNED), (12 * TILE, TUNED), (7 * TILE, None)]
 
 
 def test_which_backend_is_chosen(monkeypatch):

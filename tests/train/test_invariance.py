@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -251,9 +252,12 @@ def count_calls(target: Any, name: str) -> list[None]:
 
 
 def test_merged_metrics_are_means_extremes_and_sums():
+    """A third update was not taken: its tokens alone count."""
+    nan = math.nan
     first = StepResult(1.0, 2.0, 0.1, {"entropy": 1.0, "gap/logprob_mean": 0.25}, {"ratio_max": 1.5, "ratio_min": 0.5}, 10, 100)
     second = StepResult(3.0, 4.0, 0.3, {"entropy": 2.0, "gap/logprob_mean": 0.75}, {"ratio_max": 1.2, "ratio_min": 0.1}, 30, 50)
-    assert merge_results([first, second]) == pytest.approx(
+    third = StepResult(nan, nan, 0.5, {"entropy": nan}, {"ratio_max": nan}, 10, 50)
+    assert merge_results([first, third, second]) == pytest.approx(
         {
             "train/loss": 2.0,
             "train/gradient_norm": 3.0,
@@ -262,9 +266,17 @@ def test_merged_metrics_are_means_extremes_and_sums():
             "gap/logprob_mean": 0.5,
             "train/ratio_max": 1.5,
             "train/ratio_min": 0.1,
-            "train/num_updates": 2.0,
-            "train/num_tokens": 150.0,
+            "train/num_updates": 3.0,
+            "train/num_skipped_updates": 1.0,
+            "train/num_tokens": 200.0,
             "train/num_shared_tokens": 0.0,
-            "train/num_predictions": 40.0,
+            "train/num_predictions": 50.0,
         }
     )
+    assert merge_results([third], "value") == {
+        "value/num_updates": 1,
+        "value/num_skipped_updates": 1,
+        "value/num_tokens": 50,
+        "value/num_shared_tokens": 0,
+        "value/num_predictions": 10,
+    }

@@ -10,11 +10,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from benchmarks.shapes import SHAPES
 from common.errors import UserError
 from configs.load import load_config
-from models import attention, row_length
+from models import attention, lora, row_length
 from models.decoder import rope_cos_sin
 from models.family import DecoderConfig
 from models.lora import LoRA, attach
@@ -88,8 +89,7 @@ def norms(c: DecoderConfig) -> int:
 def test_parameters_are_those_of_the_decoder(name):
     model = build_tiny(FAMILIES.get(name))
     assert num_parameters(model.decoder.config) == sum(p.numel() for p in model.decoder.parameters())
-    lora = LoRA("base", rank=3, alpha=6, targets=targets_of(name))
-    attach(model.decoder, model.family, lora)
+    attach(model.decoder, model.family, LoRA("base", rank=3, alpha=6, targets=targets_of(name)))
     trained = sum(p.numel() for p in model.decoder.parameters() if p.requires_grad)
     assert memory_setup.adapter_parameters(model.family, model.decoder.config, 3, ["all-linear"]) == trained
 
@@ -103,15 +103,28 @@ def test_published_sizes():
     assert num_parameters(SHAPES["sdar-1.7b"]) == pytest.approx(1.72e9, rel=1e-3)
 
 
+DROPPED = {
+    "": (),
+    "all-linear": ("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"),
+    "k_proj o_proj": ("attention.qkv.weight", "attention.out.weight"),
+}
+"""Layers with dropout, by the targets."""
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trains", [True, False])
-def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains):
+@pytest.mark.parametrize("trains, dropped", [(True, ""), *((False, targets) for targets in DROPPED)])
+def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monkeypatch):
     """Bytes of all storages that a layer's backward holds, weights, masks and rotary tables aside. The attention here is a stand-in
-    that keeps what a fused one does: q, k, v and its output (and no log-sum)."""
+    that keeps what a fused one does: q, k, v and its output (and no log-sum). Dropout is the function that a GPU has, with a mask
+    of bytes."""
+    assert memory_setup.adapted_weights(SDAR, dropped.split() or ["all-linear"]) == (DROPPED[dropped] or DROPPED["all-linear"])
+    monkeypatch.setattr(lora.F, "dropout", lambda x, share: torch.native_dropout(x, share, True)[0])
     decoder = build_tiny(SDAR, dtype=dtype, intermediate_size=160).decoder
     c, layer, n = decoder.config, decoder.layers[0], 256
     if not trains:
         attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=targets_of("sdar")))
+        for name, adapted in lora.lora_layers(decoder).items():
+            adapted.dropout = 0.05 if f"{name}.weight".endswith(DROPPED[dropped] or "nothing") else 0.0
     x = torch.randn(n, c.hidden_size, dtype=dtype, requires_grad=True)
     cos, sin = rope_cos_sin(torch.arange(n), c.head_dim, 1e4, dtype)
     own = {p.untyped_storage().data_ptr() for p in [*layer.parameters(), cos, sin]}
@@ -126,7 +139,7 @@ def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains):
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         y = layer(x, cos, sin, 0, lambda layer, q, k, v: Fused.apply(q, k, v))
     kept = sum(storage.nbytes() for storage in held.values()) / n
-    expected = memory_items.kept_per_token(c, dtype.itemsize, trains) - 4 * c.num_heads
+    expected = memory_items.kept_per_token(c, dtype.itemsize, trains, dropped=DROPPED[dropped]) - 4 * c.num_heads
     assert kept == expected
     assert y.requires_grad
 
@@ -174,6 +187,11 @@ def test_states_of_every_stage_by_hand():
     assert two.step == 1000 and of(2, moments=0).step == 0 and of(2, moments=0).optimizer == 1000
     host = of(2, offload_optimizer=True)
     assert (host.optimizer, host.gradients, host.weights) == (0, 1000, 2000)
+    for zero, bytes_each in ((1, 0), (2, 4), (3, 2)):  # a copy of the bucket in float32; a bucket of twice the width
+        more = of(zero, reduces_in_float32=True)
+        assert more.buffers - of(zero).buffers == bytes_each * 5e8
+        assert dataclasses.replace(more, buffers=0) == dataclasses.replace(of(zero), buffers=0)
+        assert of(zero, itemsize=4, reduces_in_float32=True) == of(zero, itemsize=4)
     ddp = of(0, itemsize=4)
     assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 4000, 4000, 8000)
 
@@ -200,6 +218,18 @@ def test_a_value_model_and_a_reference_are_counted():
     rollout = [sum(item.rollout for item in estimate(s)) for s in (both, offloaded)]
     assert rollout[0] - rollout[1] == pytest.approx(critic * (2 + 12 / 8))
     assert torch_bytes(offloaded) == torch_bytes(both)
+    # ZeRO-3: a bucket of the value model's own, which holds its largest tensor, the embedding, and goes to the host with the rest.
+    three = dataclasses.replace(both, zero=3)
+    buckets = 2 * 151_936 * 4096 + 4 * 151_936 * 4096 / 8
+    item = next(item for item in estimate(three) if item.name == "value model")
+    assert item.update == item.rollout == pytest.approx(critic * (2 / 8 + 12 / 8 + 4 / 8) + buckets)
+    assert buckets / GIB == pytest.approx(1.45, abs=0.01)
+    offloaded = dataclasses.replace(three, value_offloaded_in_rollout=True)
+    assert next(item.rollout for item in estimate(offloaded) if item.name == "value model") == 0
+    # ZeRO-2: a bucket at a time, the wider one.
+    small = dataclasses.replace(SHAPES["tiny"], vocab_size=151_936)
+    one = {item.name: item.update for item in estimate(Setup(small, 2, gpus=8, zero=2, value=EIGHT_B))}
+    assert one["DeepSpeed's buckets"] == buckets
     ddp = dataclasses.replace(both, zero=0, itemsize=4, value_offloaded_in_rollout=True)  # whose buckets are out of reach
     assert {item.name: item.rollout for item in estimate(ddp)}["value model"] == 4 * critic
 
@@ -428,6 +458,18 @@ def test_the_setup_of_a_config(name, zero, adapter):
         check_fits(s, 12 * GIB)
 
 
+def test_dropout_is_counted_where_there_is_an_adapter():
+    """All-linear at the 8B shape in bfloat16: masks of 3 * 4,096 + 12,288 bytes, and the attention's output a second time."""
+
+    def kept(*overrides: str) -> int:
+        config = load_config("sft", ["config=configs/sft_sdar.yaml", *overrides])
+        s = setup_of(config, "sft", SDAR, EIGHT_B, 8, H200)
+        return memory_items.kept_per_token(EIGHT_B, 2, not s.adapter, s.fused, s.dropped)
+
+    adapter = "training.lora.rank=8"
+    assert kept(adapter, "training.lora.dropout=0.05") - kept(adapter) == 3 * 4096 + 12_288 + 2 * 4096
+
+
 def test_finetuning_samples_only_to_evaluate():
     """Under ZeRO-3 the evaluator's engine has weights of its own."""
 
@@ -439,11 +481,34 @@ def test_finetuning_samples_only_to_evaluate():
     assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
 
 
+def on_one_gpu(zero_stage: int, optimizer: str = "none", weights: str = "none") -> SimpleNamespace:
+    """An accelerator under DeepSpeed."""
+    plugin = SimpleNamespace(zero_stage=zero_stage, offload_optimizer_device=optimizer, offload_param_device=weights)
+    state = SimpleNamespace(deepspeed_plugin=plugin)
+    kind = DistributedType.DEEPSPEED
+    return SimpleNamespace(device=torch.device("cuda"), num_processes=1, distributed_type=kind, state=state)
+
+
+def test_the_stage_is_that_of_the_accelerator():
+    """Under `accelerate launch` its file wins over the config's."""
+    model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
+    overrides = ["experiment.check_memory=false", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"]
+    config = load_config("rl", ["config=configs/rl_sdar.yaml", *overrides])
+    for own in [(1, "none", "none"), (2, "cpu", "none"), (3, "none", "none"), (3, "cpu", "cpu")]:
+        job = SimpleNamespace(config=config, accelerator=on_one_gpu(*own), is_main=False, gpu_bytes=int(H200))
+        job.offload = SimpleNamespace()
+        run.Run.check_memory(job, model, samples=True)
+        stage, optimizer, weights = own
+        s = job.setup
+        assert (s.zero, s.offload_optimizer, s.offload_weights) == (stage, optimizer == "cpu", weights == "cpu")
+    assert setup_of(config, "rl", SDAR, EIGHT_B, 1, H200).zero == 2
+
+
 def test_a_start_on_a_gpu_says_the_table_and_refuses(capsys):
     """Run.check_memory with a GPU that is not there; the model's weights need not be either."""
     config = load_config("rl", ["config=configs/rl_sdar.yaml", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"])
     model = SimpleNamespace(family=SDAR, decoder=SimpleNamespace(config=EIGHT_B))
-    accelerator = SimpleNamespace(device=torch.device("cuda"), num_processes=1)
+    accelerator = on_one_gpu(2)
     job = SimpleNamespace(config=config, accelerator=accelerator, is_main=True, gpu_bytes=int(H200), offload=SimpleNamespace())
     with pytest.raises(UserError, match="memory: about 1[67]. GiB"):
         run.Run.check_memory(job, model, samples=True)

@@ -15,7 +15,7 @@ from models.tiny import build_tiny
 from train.layout import Layout
 from train.methods.tracerl import trace_slices
 from train.objectives import kl_weights, token_weights
-from train.packing import Predictions, assign, build_document, build_pack, number, split_long, split_rows
+from train.packing import Predictions, assign, build_document, build_pack, fill, number, slowest, split_long, split_rows
 from train.policy import Policy
 from train.traces import Response
 
@@ -248,7 +248,7 @@ def equal_documents(count, num_blocks):
 
 
 @pytest.mark.parametrize(
-    "count, num_ranks, micro_batches, makespan", [(8, 8, 1, 1), (16, 8, 1, 2), (36, 8, 2, 5), (3, 8, 1, 1), (9, 1, 3, 9)]
+    "count, num_ranks, micro_batches, makespan", [(8, 8, 1, 1), (16, 8, 1, 2), (36, 8, 2, 5), (7, 8, 1, 1), (9, 1, 3, 9)]
 )
 def test_tokens_are_spread_evenly_over_ranks(count, num_ranks, micro_batches, makespan):
     """makespan: documents on the fullest rank; a pack has room for four."""
@@ -259,6 +259,94 @@ def test_tokens_are_spread_evenly_over_ranks(count, num_ranks, micro_batches, ma
     assert {len(packs) for packs in ranks} == {micro_batches}
     assert max(sum(len(pack) for pack in packs) for packs in ranks) == makespan
     assert sorted(d.response for packs in ranks for pack in packs for d in pack) == list(range(count))
+
+
+def documents_of_lengths(lengths, block_size=4, prompt=100, steps_per_block=4, seed=0):
+    """Responses to prompts of their own, each block revealed in so many steps at most."""
+    rng = np.random.default_rng(seed)
+    documents = []
+    for index, length in enumerate(lengths):
+        steps = rng.integers(1, steps_per_block + 1, length)
+        r = Response(rng.integers(0, 25, prompt), rng.integers(0, 25, length), length, steps)
+        documents.append(build_document(index, r, trace_slices(r, block_size, TRAINING, None), block_size))
+    return documents
+
+
+def loads(ranks):
+    """Tokens by rank and micro-batch."""
+    return np.array([[sum(d.num_tokens for d in own) for own in packs] for packs in ranks])
+
+
+def each_prediction_once(ranks, documents):
+    found = np.concatenate([d.numbers for packs in ranks for own in packs for d in own])
+    return sorted(found) == list(range(sum(d.num_predictions for d in documents)))
+
+
+# lengths, ranks; the fullest rank's tokens over the mean of uncut documents, without cuts and with them
+UNEVEN = {
+    "few long among short": ([5000] * 4 + [400] * 48, 8, 1.22, 1.03),
+    "one long among short": ([4000] + [300] * 7, 8, 5.1, 1.9),
+    "a single one": ([4000], 2, 2.0, 1.45),
+    "three long": ([2000] * 3 + [300] * 5, 8, 2.11, 1.45),
+}
+
+
+@pytest.mark.parametrize("name", UNEVEN)
+def test_long_documents_are_cut_where_ranks_would_wait(name):
+    lengths, num_ranks, without, most = UNEVEN[name]
+    documents = documents_of_lengths(lengths)
+    number(documents)
+    parts = [part for d in documents for part in split_long(d, 16_384)]
+    uncut = loads([(bins := fill(parts, 16_384, num_ranks, False))[rank::num_ranks] for rank in range(num_ranks)])
+    mean = uncut.sum() / num_ranks
+    ranks = assign(documents, 16_384, num_ranks)
+    assert each_prediction_once(ranks, documents)
+    found = loads(ranks)
+    # Ranks wait for each other in every micro-batch.
+    assert slowest(bins, num_ranks, False) == uncut.max(0).sum() and uncut.max(0).sum() / mean == pytest.approx(without, rel=0.02)
+    assert found.max(0).sum() / mean <= most
+    assert found.max() <= 16_384 and found.shape[1] <= uncut.shape[1]
+    assert max(sum(d.response == i for packs in ranks for own in packs for d in own) for i in range(len(lengths))) <= num_ranks + 1
+
+
+def test_documents_are_cut_only_where_it_pays():
+    """A part repeats the clean text before it: nine of one length on eight ranks, or many short ones, are better left whole. On one
+    rank, packs are as they always were."""
+    for lengths, num_ranks in ([2000] * 9, 8), ([400] * 64, 8), ([5000] * 4 + [400] * 48, 1), ([4000] + [300] * 7, 1):
+        documents = documents_of_lengths(lengths)
+        ranks = assign(documents, 65_536, num_ranks)
+        assert sorted(d.response for packs in ranks for own in packs for d in own) == list(range(len(lengths)))
+        bins = fill(documents, 65_536, num_ranks, False)
+        assert ranks == [bins[rank::num_ranks] for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_cuts_for_the_ranks_change_neither_loss_nor_gradient(tiny, share):
+    """One long response among short ones on four ranks, against all in one pack."""
+    documents = documents_of_lengths([120, 16, 12, 20, 8], prompt=8)
+    predictions = number(documents)
+    policy = Policy(copy.deepcopy(tiny.decoder).double(), tiny.forbidden_ids)
+    weights = torch.from_numpy(np.random.default_rng(1).normal(size=len(predictions)))
+
+    def loss_and_gradient(packs):
+        policy.zero_grad()
+        loss = torch.zeros((), dtype=torch.float64)
+        for own in packs:
+            pack = build_pack(own, tiny.mask_id, share_prompts=share)
+            real = pack.prediction >= 0
+            part = (policy(pack)[0][real].double() * weights[pack.prediction[real]]).sum()
+            part.backward()
+            loss += part.detach()
+        return loss, {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
+
+    ranks = assign(documents, 4000, 4, share)
+    packs = [own for packs in ranks for own in packs if own]
+    assert sum(d.response == 0 for own in packs for d in own) > 1, "nothing was cut"
+    loss, gradients = loss_and_gradient(packs)
+    right, expected = loss_and_gradient([documents])
+    assert abs(float(loss - right)) < 1e-5 * abs(float(right))
+    assert gradients.keys() == expected.keys()
+    assert max(float((gradients[n] - g).abs().max() / g.abs().max()) for n, g in expected.items()) < 1e-5
 
 
 def test_a_long_document_is_split_by_slices():
