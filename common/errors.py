@@ -98,6 +98,14 @@ def warn(message: str) -> None:
     print(f"warning: {message}", file=sys.stderr, flush=True)
 
 
+def warn_once(message: str) -> None:
+    """Warn once per run: the processes that this one starts find the message in their environment."""
+    told = os.environ.get("UNMASK_TOLD", "").splitlines()
+    if os.environ.get("RANK", "0") == "0" and message not in told:
+        os.environ["UNMASK_TOLD"] = "\n".join([*told, message])
+        warn(message)
+
+
 def entry_point(main: Callable[..., None]) -> Callable[..., None]:
     """Decorate a program's `main`: a mistake or a full disk becomes one line on stderr and exit code 2, full memory one line and 1,
     Ctrl-C one line and 130."""

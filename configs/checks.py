@@ -1,18 +1,19 @@
 """Values that a type cannot check: ranges, names in registries, files, and settings that contradict one another.
 
-Every message says the setting, what was got and what is meant. Nothing here imports torch.
+Every message says the setting, what was got and what is meant. The update's settings: configs/checks_training.py. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
 from common.deepspeed_files import read_deepspeed_file
-from common.errors import UserError, warn
+from common.errors import UserError, warn_once
 from common.registry import Registry
+from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
 from configs.schema import Config
 
 
@@ -91,14 +92,6 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
 """(what is meant, the test, the settings). Nulls pass; of a list every item is tested."""
 
 
-def warn_once(message: str) -> None:
-    """Warn once per run: the processes that this one starts find the message in their environment."""
-    told = os.environ.get("UNMASK_TOLD", "").splitlines()
-    if os.environ.get("RANK", "0") == "0" and message not in told:
-        os.environ["UNMASK_TOLD"] = "\n".join([*told, message])
-        warn(message)
-
-
 def check(config: Config, job: str) -> None:
     """Raises UserError for the first setting whose value cannot be meant. Call after plugins are loaded: registries count."""
     for meaning, test, keys in RANGES:
@@ -111,8 +104,9 @@ def check(config: Config, job: str) -> None:
     _check_registries(config, job)
     _check_evaluation(config)
     _check_decoding(config, job)
-    _check_training(config)
-    _check_lora(config, job)
+    check_training(config, job)
+    check_training_blocks(config, job)
+    check_lora(config, job)
     if job != "sft":
         _check_judge(config)
     if job == "rl":
@@ -171,7 +165,7 @@ def _check_registries(config: Config, job: str) -> None:
                 f"{config.model.model_base} predicts it at its own: choose random_masking or semi-ar"
             )
         if job == "rl":
-            _check_engine_logprobs(config, method.is_sampled(config.training, config.rollout, family.attention), family.attention)
+            check_engine_logprobs(config, method.is_sampled(config.training, config.rollout, family.attention), family.attention)
         has_judge = config.reward.judge.base_url is not None or config.model.process_reward_model is not None
         if has_judge and (config.model.value_shared or config.model.value_base_model is not None) and method.trace != "trace":
             warn_once(
@@ -183,40 +177,6 @@ def _check_registries(config: Config, job: str) -> None:
 def _predicts_as(method: Any, family: Any) -> bool:
     """Whether the family predicts tokens where the method trains them."""
     return method.trace != "next_token" or family.logit_shift == 1
-
-
-def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> None:
-    """The engine's log-probs mean something to the trainer only where it trains the very slices that were sampled."""
-    t = config.training
-    is_single = t.num_updates_per_step == 1
-    if t.importance_cap is not None and (t.old_logprobs == "engine" or (t.old_logprobs == "current" and not is_single)):
-        raise UserError(
-            f"training.importance_cap: got {t.importance_cap!r} with training.old_logprobs={t.old_logprobs}, but it weighs the "
-            "trainer's log-probs before the update against the engine's: use old_logprobs trainer or auto"
-        )
-    if (
-        t.beta
-        and t.kl_to == "old"
-        and t.use_kl_estimator_k3
-        and (t.old_logprobs == "current" or (t.old_logprobs == "auto" and is_single))
-    ):
-        warn_once(
-            f"training.beta={t.beta} holds to the old policy, which is the current one in every update here: the term has no "
-            "gradient; set training.kl_to=reference, or several updates per step"
-        )
-    cache = config.rollout.cache_kind
-    if attention == "full" and t.old_logprobs == "engine" and cache != "none":
-        raise UserError(
-            f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so "
-            "the engine's log-probs are not the trainer's: use trainer or auto, or rollout.cache=none"
-        )
-    for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
-        if is_asked and not is_sampled:
-            width = "max_gen_length" if attention == "full" else "block_size"
-            raise UserError(
-                f"training.{key}: got {getattr(t, key)!r}, which needs the log-probs of sampling, but training.method="
-                f"{t.method}, shrink={t.shrink}, {width}={getattr(t, width)} trains other slices than were sampled: leave it out"
-            )
 
 
 def _registered(registry: Registry, name: str, key: str) -> None:
@@ -313,43 +273,6 @@ def _check_canvas(section: str, d: Any) -> None:
             f"{section}.steps: got {d.steps}, must be at least {num_blocks}: {section}.max_gen_length={d.max_token} is as many "
             f"blocks of {d.block_size}, and each of them takes a forward"
         )
-
-
-def _check_training(config: Config) -> None:
-    t, bounds = config.training, config.reward.keep_solve_rate
-    if t.lower_p > t.upper_p:
-        raise UserError(f"training.lower_p: got {t.lower_p}, must be at most training.upper_p, which is {t.upper_p}")
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
-        raise UserError(f"reward.keep_solve_rate: got {bounds}, must be two shares from 0 to 1, the lower one first")
-    peak, again = config.optimizer.params.policy_learning_rate, config.lr_scheduler.params.learning_rate
-    if again not in (peak, config.optimizer.params.learning_rate):
-        raise UserError(
-            f"lr_scheduler.params.learning_rate: got {again}, but optimizer.params says {peak}: they are one setting, "
-            "set the latter"
-        )
-    if config.model.value_base_model is None and config.optimizer.params.learning_rate != peak:
-        raise UserError(
-            f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
-            "without model.value_base_model they are one setting, give only one of them"
-        )
-
-
-def _check_lora(config: Config, job: str) -> None:
-    from models.lora_targets import resolve_targets
-    from models.registry import FAMILIES
-
-    lora = config.training.lora
-    if job == "eval" or not lora.rank:
-        return
-    resolve_targets(FAMILIES.get(config.model.model_base), lora.target_modules)
-    for key in ("pretrained_model", "value_base_model"):
-        if getattr(config.model, key) == "tiny-random":
-            raise UserError(
-                f"training.lora.rank: got {lora.rank}, but model.{key} is tiny-random, which every job makes anew: "
-                "an adapter needs a base on disk"
-            )
-    if job == "rl" and lora.dropout:
-        raise UserError(f"training.lora.dropout: got {lora.dropout}, must be 0 for RL: what is trained has to be what was sampled")
 
 
 def _check_judge(config: Config) -> None:

@@ -23,11 +23,11 @@ import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from common.errors import UserError
+from common.errors import UserError, warn_once
 from common.plugins import load_plugins
 from common.registry import did_you_mean
 from common.run_dir import CACHE
-from configs.checks import check, warn_once
+from configs.checks import check
 from configs.help import help_text
 from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation
 from configs.schema import Config

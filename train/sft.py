@@ -86,6 +86,7 @@ class SFTRun:
 
     def __init__(self, config: Any, data: SFTData) -> None:
         from eval import Evaluator
+        from models.checkpoint import Pretrained, check_block_size
         from train.registry import OBJECTIVES
         from train.run import Run
         from train.sft_data import build_responses, fingerprint, warn_of_cuts, warn_of_end
@@ -95,7 +96,14 @@ class SFTRun:
         training = config.training
         method = METHODS.get(training.method, "training.method")
         self.objective = OBJECTIVES.get(training.objective or method.objective_of("sft"), "training.objective")
-        check = (lambda model: None) if data.eval_tasks is None else (lambda model: Evaluator.check(config, model))
+
+        def check(model: Pretrained) -> None:
+            # Before evaluations, which follow it where they are not told otherwise.
+            setting = "training.block_size (rollout.block_size, where it is not given)"
+            check_block_size(model, training.block_size, setting, config.model.block_size)
+            if data.eval_tasks is not None:
+                Evaluator.check(config, model)
+
         self.run = Run(config, training.max_steps or 1, temperature=1.0, check=check)
         model, dataset, is_main = self.run.model, config.dataset, self.run.is_main
         self.layout = self.run.trainer.layout

@@ -200,6 +200,9 @@ MISTAKES = [
         "reward.overlong_penalty_tokens: got 2001, must be at most rollout.max_token, which is 2000",
     ),
     (["model.block_size=0"], "model.block_size: got 0, must be above 0"),
+    (["model.block_size=8"], "training.block_size: got 4, but model.block_size says that the run's checkpoints are of blocks of 8"),
+    (["training.block_size=3"], "training.block_size: got 3, must be a multiple of rollout.block_size, which is 4"),
+    (["rollout.block_size=8", "training.block_size=4"], "training.block_size: got 4, must be a multiple of rollout.block_size"),
     (["rollout.num_response_per_task=1"], "rollout.num_response_per_task: got 1, must be at least 2 without a value model"),
     (["rollout.temperature=0"], "rollout.temperature: got 0.0: all responses"),
     (["rollout.top_k=1"], "rollout.top_k: got 1: all responses"),
@@ -268,6 +271,16 @@ def test_no_file(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
     with pytest.raises(UserError, match="latin.yaml: cannot be read"):
         load_config("rl", [f"config={tmp_path / 'latin.yaml'}"])
+
+
+def test_blocks_of_the_update(load):
+    """Random masks follow no sampled block; a larger block holds whole ones; finetuning samples nothing that it trains."""
+    assert load("rl", MINIMAL, "training.block_size=8", "model.block_size=8").rollout.block_size == 4
+    assert load("rl", MINIMAL, "training.block_size=6", "training.method=random_masking").training.block_size == 6
+    assert load("sft", MINIMAL, "training.block_size=6", "rollout.block_size=4").training.block_size == 6
+    assert load("eval", MINIMAL, "evaluation.block_size=8", "model.block_size=8").evaluation.block_size == [8]
+    with pytest.raises(UserError, match="training.block_size: got 8, but model.block_size says that .* of blocks of 4: set it to 4"):
+        load("sft", MINIMAL, "training.block_size=8", "model.block_size=4")
 
 
 def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):

@@ -128,6 +128,21 @@ def test_block_size_that_the_checkpoint_contradicts(job: str, key: str, place: P
     assert_refused(start, job, place, f"{key}.block_size: got 8", "says block_size 4: set it to 4")
 
 
+@pytest.mark.parametrize("changes", [{"training.block_size": 8}, {"training.block_size": 8, "dataset.eval_dataset": "null"}])
+@pytest.mark.parametrize("job", ["rl", "sft"])
+def test_training_block_size_that_the_checkpoint_contradicts(job: str, changes: dict[str, Any], place: Place, start: Any):
+    place.changes |= changes | ({"evaluation.if_eval": "false"} if "dataset.eval_dataset" in changes else {})
+    assert_refused(start, job, place, "error: training.block_size", "got 8", "says block_size 4: set it to 4", "model.block_size to 8")
+
+
+@pytest.mark.parametrize("job", ["rl", "sft"])
+def test_a_model_that_is_to_become_one_of_larger_blocks(job: str, place: Place, start: Any):
+    place.changes |= {"training.block_size": 8, "model.block_size": 8}
+    ended = start(job, place)
+    assert ended.code == 0, ended.err
+    assert json.loads((place.project / "ckpt" / "optimized" / "config.json").read_text())["block_size"] == 8
+
+
 def test_block_size_is_known_before_the_weights_are_read(place: Place, start: Any):
     place.model(without=("model.safetensors",))
     place.changes["rollout.block_size"] = 8
