@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, warn_once
 from common.plugins import load_plugins
-from common.registry import did_you_mean
+from common.registry import NO_IMAGES, did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
@@ -49,6 +49,12 @@ REQUIRED: dict[str, dict[str, str]] = {
     }.items()
 }
 """What a job cannot do without, and what it is."""
+
+IMAGES = (
+    "model.vq_model_path model.image_resolution dataset.image_root dataset.add_think_prompt reward.answer_must_in_box "
+    "reward.strict_len_check"
+).split()
+"""Settings of models that see images: accepted, and read by nothing."""
 
 
 def load_config(job: Job, argv: Sequence[str] | None = None) -> Config:
@@ -98,8 +104,10 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
     source: dict[str, str] = {}
     for tree, where in layers:
         named, unused = canonical(flatten(tree), job)
-        if unused:
-            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({UNUSED[key]})" for key in unused))
+        why = {key: UNUSED[key] for key in unused}
+        why |= {key: NO_IMAGES for key in IMAGES if key in named and named[key] != get(Config(), key)}
+        if why:
+            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({why[key]})" for key in why))
         for key, value in named.items():
             if key in _sections() and value is None:
                 continue  # a section with nothing in it

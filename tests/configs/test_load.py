@@ -12,11 +12,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.registry import Registry, closest
 from common.run_dir import RunDir
 from configs.checks import RANGES
 from configs.help import help_text, settings
 from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
 from configs.reference import flatten
+from configs.schema import Config
 
 MINIMAL = """
 experiment: {project: runs/x}
@@ -212,6 +214,11 @@ MISTAKES = [
     (["experiment.node_index=1"], "experiment.node_index: got 1, must be below experiment.num_node, which is 1"),
     (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "did you mean 1_node_8_gpus_deepspeed_zero3?"),
     (["model.model_base=sdarr"], "(did you mean sdar?)"),
+    (
+        ["model.model_base=lladav"],
+        "model.model_base: model family 'lladav' is not supported: images are not supported yet; choices: dream, llada,",
+    ),
+    (["dataset.data_type=mmu"], "dataset.data_type: reward 'mmu' is not supported: images are not supported yet; choices: code,"),
     (["dataset.data_type=maths"], "(did you mean math?)"),
     (["training.method=trace_rl"], "(did you mean"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
@@ -279,7 +286,7 @@ def test_blocks_of_the_update(load):
     assert load("rl", MINIMAL, "training.block_size=6", "training.method=random_masking").training.block_size == 6
     assert load("sft", MINIMAL, "training.block_size=6", "rollout.block_size=4").training.block_size == 6
     assert load("eval", MINIMAL, "evaluation.block_size=8", "model.block_size=8").evaluation.block_size == [8]
-    with pytest.raises(UserError, match="training.block_size: got 8, but model.block_size says that .* of blocks of 4: set it to 4"):
+    with pytest.raises(UserError, match="training.block_size: got 8, but model.block_size .* of blocks of 4: set it to 4"):
         load("sft", MINIMAL, "training.block_size=8", "model.block_size=4")
 
 
@@ -323,6 +330,45 @@ def test_settings_without_a_use_are_said(load, capsys):
     assert "rollout.tensor_parallel_size (every process" in told and "evaluation.output_unmasking_history (step maps are" in told
     load("rl", MINIMAL, "evaluation.output_unmasking_history=true")
     assert not capsys.readouterr().err
+
+
+IMAGES = {
+    "model.vq_model_path": "/m",
+    "model.image_resolution": 256,
+    "dataset.image_root": "/i",
+    "dataset.add_think_prompt": True,
+    "reward.answer_must_in_box": True,
+    "reward.strict_len_check": True,
+}
+
+
+def test_settings_for_images_are_said_to_have_no_use(load, capsys):
+    load("eval", MINIMAL, *(f"{key}={value}" for key, value in IMAGES.items()), "rollout.tensor_parallel_size=2")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: settings on the command line that have no use here: rollout.tensor_parallel_size")
+    assert [f"{key} (images are not supported yet)" in line for key in IMAGES] == [True] * 6
+    defaults = {key: flatten(dataclasses.asdict(Config()))[key] for key in IMAGES}
+    load("eval", MINIMAL, *(f"{key}={'null' if value is None else value}" for key, value in defaults.items()))
+    assert capsys.readouterr().err == "", "defaults ask for nothing"
+
+
+def test_a_name_that_is_lacking_may_be_registered():
+    registry = Registry("thing")
+    registry.register("one", 1)
+    registry.lacks("two", "not yet")
+    with pytest.raises(UserError, match="^here: thing 'two' is not supported: not yet; choices: one$"):
+        registry.get("two", "here")
+    registry.register("two", 2)
+    assert registry.get("two") == 2
+
+
+def test_closest_names():
+    files = ["1_zero2", "1_zero3", "2_zero3", "2_zero3_offload"]
+    assert closest("zero3", files, 3) == ["1_zero3", "2_zero3", "2_zero3_offload"], "those that hold it"
+    assert closest("tracerl", ["trace", "TraceRL", "coupled"], 1) == ["TraceRL"], "the same but for upper and lower case"
+    assert closest("TraceRL", ["tracerl", "tracer"], 2) == ["tracerl", "tracer"]
+    assert closest("cuopled", ["trace", "TraceRL", "coupled"], 1) == ["coupled"], "a similar one"
+    assert closest("xyz", files, 3) == []
 
 
 def test_responses_cut_by_training_are_warned_of(load, capsys):

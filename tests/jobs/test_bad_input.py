@@ -132,7 +132,7 @@ def test_block_size_that_the_checkpoint_contradicts(job: str, key: str, place: P
 @pytest.mark.parametrize("job", ["rl", "sft"])
 def test_training_block_size_that_the_checkpoint_contradicts(job: str, changes: dict[str, Any], place: Place, start: Any):
     place.changes |= changes | ({"evaluation.if_eval": "false"} if "dataset.eval_dataset" in changes else {})
-    assert_refused(start, job, place, "error: training.block_size", "got 8", "says block_size 4: set it to 4", "model.block_size to 8")
+    assert_refused(start, job, place, "training.block_size", "got 8", "says block_size 4: set it to 4", "model.block_size to 8")
 
 
 @pytest.mark.parametrize("job", ["rl", "sft"])
