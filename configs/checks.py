@@ -119,13 +119,21 @@ def _check_experiment(config: Config) -> None:
     e = config.experiment
     if e.node_index >= e.num_node:
         raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
-    if e.deepspeed_file is not None:
-        machines = read_deepspeed_file(e.deepspeed_file).num_machines
-        if machines != e.num_node:
-            raise UserError(
-                f"experiment.deepspeed_file: got {e.deepspeed_file}, which is for {machines} machine{'s' * (machines > 1)}, but "
-                f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
-            )
+    if e.deepspeed_file is None:
+        return
+    file = read_deepspeed_file(e.deepspeed_file)
+    machines = file.num_machines
+    if machines != e.num_node:
+        raise UserError(
+            f"experiment.deepspeed_file: got {e.deepspeed_file}, which is for {machines} machine{'s' * (machines > 1)}, but "
+            f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
+        )
+    named = None if file.num_processes is None else file.num_processes // machines
+    if named is not None and e.num_processes is not None and e.num_processes > named:
+        raise UserError(
+            f"experiment.num_processes: got {e.num_processes}, but {e.deepspeed_file} is for {named} per machine: name the file of "
+            f"as many GPUs in experiment.deepspeed_file, or set num_processes to {named} or less"
+        )
 
 
 def _check_registries(config: Config, job: str) -> None:

@@ -157,6 +157,7 @@ def test_evaluation_follows_rollout_unless_given(load):
     assert [(v.block_size, v.denoising_steps_per_block) for v in one] == [(4, 4)]
 
 
+TWO_MACHINES = ["experiment.num_node=2", "experiment.deepspeed_file=2_node_8_gpus_deepspeed_zero3"]
 MISTAKES = [
     (["training.epss=0.3"], "training.epss: unknown setting on the command line (did you mean training.eps?)"),
     (["rollout.eps=1"], "rollout.eps: unknown setting on the command line (did you mean training.eps?)"),
@@ -212,6 +213,11 @@ MISTAKES = [
     (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate: got 1.0, but optimizer.params says 1e-06"),
     (["optimizer.params.learning_rate=1", "optimizer.params.policy_learning_rate=2"], "give only one of them"),
     (["experiment.node_index=1"], "experiment.node_index: got 1, must be below experiment.num_node, which is 1"),
+    (
+        ["experiment.num_processes=2", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"],
+        "experiment.num_processes: got 2, but 1_node_1_gpus_deepspeed_zero2 is for 1 per machine",
+    ),
+    (["experiment.num_processes=9", *TWO_MACHINES], "got 9, but 2_node_8_gpus_deepspeed_zero3 is for 8 per machine"),
     (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "did you mean 1_node_8_gpus_deepspeed_zero3?"),
     (["model.model_base=sdarr"], "(did you mean sdar?)"),
     (
@@ -278,6 +284,11 @@ def test_no_file(tmp_path):
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
     with pytest.raises(UserError, match="latin.yaml: cannot be read"):
         load_config("rl", [f"config={tmp_path / 'latin.yaml'}"])
+
+
+def test_as_many_processes_as_the_deepspeed_file_names_or_fewer(load):
+    for number in (1, 8):
+        assert load("rl", MINIMAL, f"experiment.num_processes={number}", *TWO_MACHINES).experiment.num_processes == number
 
 
 def test_blocks_of_the_update(load):
