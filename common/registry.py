@@ -15,11 +15,12 @@ NO_IMAGES = "images are not supported yet"
 
 
 def closest(name: str, choices: list[str], number: int) -> list[str]:
-    """The choices most like `name`, at most `number`, best first: the same but for upper and lower case, then those that hold it,
-    then similar ones."""
+    """The choices most like `name`, at most `number`, best first: the same but for upper and lower case, then those that begin with
+    it or hold it, the shortest first, then similar ones."""
     lower, name = {choice: choice.lower() for choice in choices}, str(name).lower()
     same = [choice for choice in choices if lower[choice] == name]
     holding = [choice for choice in choices if len(name) > 2 and name in lower[choice]]
+    holding.sort(key=lambda choice: (not lower[choice].startswith(name), len(choice)))
     similar = difflib.get_close_matches(name, list(lower.values()), n=number, cutoff=0.5)
     ordered = [*same, *holding, *(choice for one in similar for choice in choices if lower[choice] == one)]
     return list(dict.fromkeys(ordered))[:number]

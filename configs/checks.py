@@ -10,9 +10,9 @@ import functools
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from common.deepspeed_files import read_deepspeed_file
+from common import deepspeed_files
 from common.errors import UserError, warn_once
-from common.registry import Registry
+from common.registry import Registry, closest
 from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
 from configs.schema import Config
 
@@ -121,17 +121,25 @@ def _check_experiment(config: Config) -> None:
         raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
     if e.deepspeed_file is None:
         return
-    file = read_deepspeed_file(e.deepspeed_file)
+    folder, name = deepspeed_files.FOLDER, e.deepspeed_file
+    if not any(path.is_file() for path in (folder / f"{name}.yaml", folder / name, Path(name))):  # the reader would list all files
+        names = deepspeed_files.deepspeed_file_names()
+        close = ", ".join(closest(name, names, 4) or names[:1])
+        raise UserError(
+            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/, where there is {close}, and more: "
+            "NUMBER_node_NUMBER_gpus_deepspeed_zeroSTAGE"
+        )
+    file = deepspeed_files.read_deepspeed_file(name)
     machines = file.num_machines
     if machines != e.num_node:
         raise UserError(
-            f"experiment.deepspeed_file: got {e.deepspeed_file}, which is for {machines} machine{'s' * (machines > 1)}, but "
+            f"experiment.deepspeed_file: got {name}, which is for {machines} machine{'s' * (machines > 1)}, but "
             f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
         )
     named = None if file.num_processes is None else file.num_processes // machines
     if named is not None and e.num_processes is not None and e.num_processes > named:
         raise UserError(
-            f"experiment.num_processes: got {e.num_processes}, but {e.deepspeed_file} is for {named} per machine: name the file of "
+            f"experiment.num_processes: got {e.num_processes}, but {name} is for {named} per machine: name the file of "
             f"as many GPUs in experiment.deepspeed_file, or set num_processes to {named} or less"
         )
 

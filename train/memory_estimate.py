@@ -1,6 +1,6 @@
 """How much memory of a GPU a training job will take, said before it takes any.
 
-    python -m train.memory_estimate config=configs/rl_sdar.yaml gpus=8 gpu_gib=139 [job=sft] [model=config.json] [section.key=value ...]
+    python -m train.memory_estimate config=configs/rl_sdar.yaml gpus=8 gpu_gib=139 [job=sft] [model=config.json]
 
 Every training job prints the same table at its start on a GPU, and does not start where it cannot fit (train/run.py). It shows
 sampling beside the fullest moment of the update; the arithmetic is train/memory_items.py's. Nothing here imports torch.

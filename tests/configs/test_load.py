@@ -218,7 +218,12 @@ MISTAKES = [
         "experiment.num_processes: got 2, but 1_node_1_gpus_deepspeed_zero2 is for 1 per machine",
     ),
     (["experiment.num_processes=9", *TWO_MACHINES], "got 9, but 2_node_8_gpus_deepspeed_zero3 is for 8 per machine"),
-    (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "did you mean 1_node_8_gpus_deepspeed_zero3?"),
+    (
+        ["experiment.deepspeed_file=zero3"],
+        "experiment.deepspeed_file: no file 'zero3' in accelerate_configs/, where there is 1_node_1_gpus_deepspeed_zero3, "
+        "1_node_2_gpus_deepspeed_zero3, 1_node_4_gpus_deepspeed_zero3, 1_node_8_gpus_deepspeed_zero3, and more: NUMBER_node_",
+    ),
+    (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "accelerate_configs/, where there is 1_node_8_gpus_deepspeed_zero3, "),
     (["model.model_base=sdarr"], "(did you mean sdar?)"),
     (
         ["model.model_base=lladav"],
@@ -226,7 +231,8 @@ MISTAKES = [
     ),
     (["dataset.data_type=mmu"], "dataset.data_type: reward 'mmu' is not supported: images are not supported yet; choices: code,"),
     (["dataset.data_type=maths"], "(did you mean math?)"),
-    (["training.method=trace_rl"], "(did you mean"),
+    (["training.method=trace_rl"], "(did you mean TraceRL?)"),
+    (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
     (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
     (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
@@ -279,8 +285,17 @@ def test_empty_sections_are_nothing(load):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match=r"config=FILE.yaml is missing: choose one of .*configs/rl_tiny.yaml"):
         load_config("rl", [])
-    with pytest.raises(UserError, match=r"config=nowhere.yaml: no such file; there are .*configs/tiny_eval.yaml"):
+    with pytest.raises(UserError, match=r"config=nowhere.yaml: no such file; in configs/ there is configs/tiny_eval.yaml"):
         load_config("eval", ["config=nowhere.yaml"])
+    with pytest.raises(UserError) as error:
+        load_config("rl", ["config=configs/rl_tny.yaml"])
+    assert str(error.value).startswith("config=configs/rl_tny.yaml: no such file; in configs/ there is configs/rl_tiny.yaml, ")
+    assert str(error.value).count(".yaml") == 4, "the closest few"
+    with pytest.raises(UserError, match=r"config=configs: is a directory, expected a file, such as configs/sft_tiny.yaml, "):
+        load_config("sft", ["config=configs"])
+    for given in (["--config", "configs/rl_tiny.yaml"], ["--config=configs/rl_tiny.yaml"]):
+        with pytest.raises(UserError, match=r"^--config.*: unknown option: the file is given as config=FILE.yaml, without dashes$"):
+            load_config("rl", given)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
     with pytest.raises(UserError, match="latin.yaml: cannot be read"):
         load_config("rl", [f"config={tmp_path / 'latin.yaml'}"])
@@ -299,6 +314,27 @@ def test_blocks_of_the_update(load):
     assert load("eval", MINIMAL, "evaluation.block_size=8", "model.block_size=8").evaluation.block_size == [8]
     with pytest.raises(UserError, match="training.block_size: got 8, but model.block_size .* of blocks of 4: set it to 4"):
         load("sft", MINIMAL, "training.block_size=8", "model.block_size=4")
+
+
+SUGGESTED = {
+    "optimizer.lr": "optimizer.params.learning_rate",
+    "lr": "optimizer.params.learning_rate",
+    "optimizer.learning_rat": "optimizer.params.learning_rate",
+    "optimizer.learning_rate": "optimizer.params.learning_rate",
+    "rollout.temp": "rollout.temperature",
+    "training.lora_rank": "training.lora.rank",
+    "training.beta1": "optimizer.params.beta1",
+    "training.epochs": "training.num_train_epochs",
+    "evaluation.max_new_tokens": "evaluation.max_token",
+    "rollout.max_new_tokens": "rollout.max_token",
+    "Training.eps": "training.eps",
+}
+
+
+@pytest.mark.parametrize("wrong", SUGGESTED)
+def test_suggested_names(load, wrong):
+    with pytest.raises(UserError, match=rf"^{wrong}: unknown setting .*\(did you mean {SUGGESTED[wrong]}\?\)$"):
+        load("rl", MINIMAL, f"{wrong}=1")
 
 
 def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):

@@ -232,7 +232,7 @@ def test_more_tasks_per_step_than_there_are(place: Place, start: Any):
         ({"rollout.remasking_strategy": "low_confidence"}, ["rollout.remasking_strategy", "unmasking strategy 'low_confidence'"]),
         ({"rollout.target": "margin"}, ["rollout.target", "did you mean margin_confidence?"]),
         ({"dataset.data_type": "exakt"}, ["dataset.data_type", "did you mean exact?"]),
-        ({"experiment.deepspeed_file": "1_node_3_gpus"}, ["experiment.deepspeed_file: no file '1_node_3_gpus'", "there are: "]),
+        ({"experiment.deepspeed_file": "1_node_3_gpus"}, ["experiment.deepspeed_file: no file '1_node_3_gpus'", "1_node_"]),
         ({"experiment.plugins": "[nowhere.py]"}, ["experiment.plugins: no such file: nowhere.py"]),
         ({"reward.function": "nowhere.py:score"}, ["reward.function", "nowhere.py"]),
         ({"reward.function": f"{__file__}:nothing"}, ["reward.function", "no function 'nothing'"]),
@@ -243,13 +243,6 @@ def test_more_tasks_per_step_than_there_are(place: Place, start: Any):
 def test_settings(changes: dict[str, Any], words: list[str], place: Place, start: Any):
     place.changes |= changes
     assert_refused(start, "rl", place, *words)
-
-
-def test_deepspeed_files_are_listed(place: Place, start: Any):
-    from common.deepspeed_files import deepspeed_file_names
-
-    place.changes["experiment.deepspeed_file"] = "nothing"
-    assert_refused(start, "rl", place, *deepspeed_file_names())
 
 
 # ---- run directories
