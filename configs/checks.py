@@ -6,7 +6,6 @@ imports torch.
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
@@ -14,7 +13,8 @@ from common import deepspeed_files
 from common.errors import UserError, warn_once
 from common.registry import Registry, closest
 from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
-from configs.schema import Config
+from configs.no_use import warn_of_settings_without_use
+from configs.schema import Config, get
 
 
 def _of_decoding(names: str) -> str:
@@ -96,7 +96,7 @@ def check(config: Config, job: str) -> None:
     """Raises UserError for the first setting whose value cannot be meant. Call after plugins are loaded: registries count."""
     for meaning, test, keys in RANGES:
         for key in keys.split():
-            value = functools.reduce(getattr, key.split("."), config)
+            value = get(config, key)
             for one in value if isinstance(value, list) else [value]:
                 if one is not None and not test(one):
                     raise UserError(f"{key}: got {one!r}, must be {meaning}")
@@ -113,6 +113,7 @@ def check(config: Config, job: str) -> None:
         _check_rl(config)
     if job == "sft":
         _check_sft(config)
+    warn_of_settings_without_use(config, job)
 
 
 def _check_experiment(config: Config) -> None:
@@ -367,10 +368,6 @@ def _check_sft(config: Config) -> None:
             f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "
             "give only one of them"
         )
-    if t.method in ("trace", "ar"):
-        for key in ["complementary_mask", "loss_weight_by_ratio"]:
-            if getattr(t, key):
-                raise UserError(f"training.{key}: got true, but method {t.method} draws no masks: choose semi-ar, or leave it out")
     from models.registry import FAMILIES
 
     is_canvas = FAMILIES.get(config.model.model_base).attention == "full"
@@ -379,5 +376,10 @@ def _check_sft(config: Config) -> None:
             "training.loss_weight_by_ratio: got true with loss_weighting=reference, which for full attention is the mean over the "
             "masked tokens of a row and weighs by 1/ratio already: choose loss_weighting token or response"
         )
-    if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
+    if t.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")
+    if t.stop_at_solve_rate is not None and not config.evaluation.if_eval:
+        raise UserError(
+            f"training.stop_at_solve_rate: got {t.stop_at_solve_rate}, but evaluation.if_eval is false, so it is never measured: "
+            "set if_eval to true, or leave stop_at_solve_rate out"
+        )

@@ -7,6 +7,8 @@ from configs.schema import Config
 
 
 def check_training(config: Config, job: str) -> None:
+    from train.methods import METHODS
+
     t, bounds = config.training, config.reward.keep_solve_rate
     if t.lower_p > t.upper_p:
         raise UserError(f"training.lower_p: got {t.lower_p}, must be at most training.upper_p, which is {t.upper_p}")
@@ -22,6 +24,32 @@ def check_training(config: Config, job: str) -> None:
         raise UserError(
             f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
             "without model.value_base_model they are one setting, give only one of them"
+        )
+    if job == "eval":
+        return
+    if config.model.dtype == "bfloat16" and t.mixed_precision == "no":
+        raise UserError(
+            "model.dtype: got bfloat16 with training.mixed_precision=no, which is float32 throughout: set mixed_precision to bf16, "
+            "bfloat16 weights with float32 masters, or leave dtype out"
+        )
+    if METHODS.get(t.method).trace in ("trace", "next_token"):
+        for key in ["complementary_mask", "loss_weight_by_ratio"]:
+            if getattr(t, key):
+                drawing = "semi-ar" if job == "sft" else "random_masking"
+                raise UserError(
+                    f"training.{key}: got true, but method {t.method} draws no masks: choose {drawing}, or leave it out"
+                )
+    if job == "rl" and t.num_updates_per_step is not None:
+        warn_of_warmup(config, config.experiment.total_step * t.num_updates_per_step)
+
+
+def warn_of_warmup(config: Config, num_updates: int) -> None:
+    """num_updates: optimizer steps of the whole run."""
+    warmup = config.lr_scheduler.params.warmup_steps
+    if warmup > num_updates:
+        warn_once(
+            f"lr_scheduler.params.warmup_steps={warmup}: the run has {num_updates} optimizer steps, so the learning rate never "
+            "reaches its peak"
         )
 
 

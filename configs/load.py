@@ -30,7 +30,7 @@ from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
 from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation
-from configs.schema import Config
+from configs.schema import Config, get
 
 Job = Literal["rl", "eval", "sft"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -381,11 +381,6 @@ def describe(hint: Any) -> str:
 
 
 # What is written ------------------------------------------------------------------------------------------------------
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of "section.key"."""
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def to_yaml(config: Config) -> str:

@@ -8,8 +8,9 @@ are filled in by configs/load.py. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -550,3 +551,8 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     wandb: Wandb = field(default_factory=Wandb)
     logging: Logging = field(default_factory=Logging)
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of "section.key"."""
+    return functools.reduce(getattr, key.split("."), config)

@@ -2,7 +2,7 @@
 
     python train/sft.py config=configs/sft_tiny.yaml [section.key=value ...] [--print-config] [--help]
 
-The other train/sft_*.py scripts are this one under the names of families.
+The other train/sft_*.py scripts are this one for the family in their name, and refuse a config of another.
 """
 
 from __future__ import annotations
@@ -29,12 +29,17 @@ from train.methods import METHODS
 
 
 @entry_point
-def main(argv: list[str] | None = None, link: Link | None = None) -> None:
-    """link: to the launchers of the other machines, where there are several."""
+def main(argv: list[str] | None = None, link: Link | None = None, family: str | None = None) -> None:
+    """link: to the launchers of the other machines, where there are several; family: the one that the script is named after."""
     from configs.load import load_config
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("sft", argv)
+    if family not in (None, config.model.model_base):
+        raise UserError(
+            f"model.model_base: got {config.model.model_base}, but train/sft_{family}.py finetunes {family}: start train/sft.py, "
+            f"which takes any family, or set model.model_base={family}"
+        )
     if is_for_all_machines(config, link):
         run_on_all_machines("sft", main, argv)
     if writes_the_run(link) and is_over(config):
@@ -85,6 +90,7 @@ class SFTRun:
     """One finetuning run. Torch is imported here, behind the checks of the config."""
 
     def __init__(self, config: Any, data: SFTData) -> None:
+        from configs.checks_training import warn_of_warmup
         from eval import Evaluator
         from models.checkpoint import Pretrained, check_block_size
         from train.registry import OBJECTIVES
@@ -110,6 +116,7 @@ class SFTRun:
         self.responses = build_responses(config, model, data.train, str(dataset.optimization_data), is_main)
         self.run.total_steps = training.max_steps or training.num_train_epochs * -(-len(self.responses) // training.batch_size)
         self.fingerprint = fingerprint(self.responses)
+        warn_of_warmup(config, self.run.total_steps)
         if is_main:
             warn_of_end(config, model)
             warn_of_cuts(self.responses, self.layout)

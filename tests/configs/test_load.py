@@ -344,6 +344,86 @@ def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
         load("sft", MINIMAL, "dataset.optimization_data=null")
 
 
+def test_a_solve_rate_to_stop_at_has_to_be_measured(load):
+    message = "training.stop_at_solve_rate: got 0.4, but evaluation.if_eval is false, so it is never measured: set if_eval to true"
+    with pytest.raises(UserError, match=message):
+        load("sft", MINIMAL, "training.stop_at_solve_rate=0.4", "evaluation.if_eval=false")
+
+
+def test_bfloat16_weights_are_trained_with_masters(load):
+    for job in ("rl", "sft"):
+        with pytest.raises(UserError, match="model.dtype: got bfloat16 with training.mixed_precision=no"):
+            load(job, MINIMAL, "model.dtype=bfloat16", "training.mixed_precision=no")
+    assert load("eval", MINIMAL, "model.dtype=bfloat16", "training.mixed_precision=no").model.dtype == "bfloat16", "nothing trains"
+    assert load("rl", MINIMAL, "model.dtype=float32").training.mixed_precision == "bf16", "its default asks for nothing"
+
+
+def test_masks_of_methods_that_draw_none(load):
+    for key in ("complementary_mask", "loss_weight_by_ratio"):
+        for method in ("TraceRL", "DiPO"):
+            message = f"training.{key}: got true, but method {method} draws no masks: choose random_masking"
+            with pytest.raises(UserError, match=message):
+                load("rl", MINIMAL, f"training.method={method}", f"training.{key}=true")
+        with pytest.raises(UserError, match=f"training.{key}: got true, but method trace draws no masks: choose semi-ar"):
+            load("sft", MINIMAL, "training.method=trace", f"training.{key}=true")
+        assert getattr(load("rl", MINIMAL, "training.method=random_masking", f"training.{key}=true").training, key)
+
+
+IN_RL = ["dataset.validation_data=v", "training.max_steps=9", "training.batch_size=8", "training.stop_at_solve_rate=0.5"]
+OF_A_VALUE_MODEL = ["experiment.train_value_every=2", "training.gam=0.9", "training.lam=0.9"]
+OF_AN_ADAPTER = ["training.lora.alpha=8", "training.lora.dropout=0.1", "training.lora.save_merged=true"]
+
+
+@pytest.mark.parametrize(
+    "job, given, where",
+    [
+        ("rl", IN_RL, "in RL"),
+        ("rl", OF_A_VALUE_MODEL, "without a value model"),
+        ("rl", ["optimizer.params.value_learning_rate=1e-3"], "without a value model"),
+        ("rl", OF_AN_ADAPTER, "without training.lora.rank"),
+        ("sft", OF_AN_ADAPTER, "without training.lora.rank"),
+        ("sft", ["lr_scheduler.params.min_lr_scale=0.1"], "with a constant schedule"),
+        ("eval", ["evaluation.start_with_think=true"], "where prompts are no chat, as of this data type"),
+        ("rl", ["rollout.start_with_think=true"], "where prompts are no chat, as of this data type"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_settings_without_a_use_in_this_job_are_said(load, capsys, job, given, where):
+    schedule = "lr_scheduler.scheduler=constant"
+    load(job, MINIMAL, *given, schedule, "dataset.data_type=exact")
+    keys = [one.partition("=")[0] for one in given]
+    if keys == ["rollout.start_with_think"]:
+        keys.append("evaluation.start_with_think")  # which follows it
+    (line,) = capsys.readouterr().err.splitlines()
+    told, _, listed = line.partition(": settings that have no use ")
+    assert told == "warning" and listed.startswith(f"{where}: ") and sorted(listed.partition(": ")[2].split(", ")) == sorted(keys)
+
+
+def test_settings_with_a_use_are_not_said(load, capsys):
+    load("sft", MINIMAL, *IN_RL, "dataset.eval_dataset=b")
+    load("rl", MINIMAL, *OF_A_VALUE_MODEL, "model.value_base_model=x", "optimizer.params.value_learning_rate=1e-3")
+    load("sft", MINIMAL, *OF_AN_ADAPTER, "training.lora.rank=4", "lr_scheduler.params.min_lr_scale=0.1")
+    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_have_no_setting_without_use(path, capsys):
+    load_config(job_of(path), [f"config={path}"])
+    assert "no use" not in capsys.readouterr().err
+
+
+def test_a_warm_up_longer_than_the_run(load, capsys):
+    settings = ["experiment.total_step=20", "training.num_updates_per_step=2"]
+    load("rl", MINIMAL, *settings, "lr_scheduler.params.warmup_steps=40")
+    assert capsys.readouterr().err == ""
+    load("rl", MINIMAL, *settings, "lr_scheduler.params.warmup_steps=41")
+    said = "lr_scheduler.params.warmup_steps=41: the run has 40 optimizer steps, so the learning rate never reaches its peak"
+    assert capsys.readouterr().err == f"warning: {said}\n"
+    load("rl", MINIMAL, "experiment.total_step=20", "lr_scheduler.params.warmup_steps=41")
+    assert capsys.readouterr().err == "", "how many updates a step has is not known before its rollouts"
+
+
 @pytest.mark.parametrize("change", ["model.value_base_model=x", "model.value_shared=true"])
 def test_sft_has_no_value_model(load, change):
     with pytest.raises(UserError, match=rf"{change.partition('=')[0]}: got .*, but finetuning has no value model"):
@@ -465,7 +545,7 @@ def test_every_field_is_documented_and_helped():
     assert all(f"  {key}: " in text for key in setting_types()) and max(map(len, text.splitlines())) <= 132
     assert "  training.eps: float = 0.2\n      Ratios of probabilities are clipped to 1 - eps .. 1 + eps." in text
     assert "  reward.keep_solve_rate: list[float] = [0.2, 0.8]" in text and "  evaluation.top_k: list[int] = as rollout" in text
-    assert "python eval.py config=" in help_text("eval") and "train/sft_trado.py config=" in help_text("sft")
+    assert "python eval.py config=" in help_text("eval") and "train/sft_sdar.py config=" in help_text("sft")
 
 
 def test_every_type_can_be_said():

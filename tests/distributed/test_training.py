@@ -182,7 +182,7 @@ def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs = {name: {"argv": command_line(folder, name, *overrides)} for name, overrides in MODES.items()}
     runs["ddp"]["argv"] += ["rollout.deterministic=false", "evaluation.deterministic=false"]  # shared queue
     for name in BFLOAT16:
-        runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
+        runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "training.mixed_precision=bf16")}
     runs["dream ddp"] = {"argv": command_line(folder, "dream ddp", "model.model_base=dream")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}
     return run_on_ranks("tests.distributed.training_jobs:rl_runs", 2, {"runs": runs})

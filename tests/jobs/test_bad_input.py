@@ -70,7 +70,7 @@ def assert_refused(start: Callable[..., Job], job: str, place: Place, *words: st
     before = listing(place.folder)
     ended = start(job, place)
     assert ended.code == 2, (ended.code, ended.out, ended.err)
-    lines = [line for line in ended.error_lines if not line.startswith("warning: settings")]
+    lines = [line for line in ended.error_lines if not line.startswith(("warning: settings", "warning: lr_scheduler"))]
     assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
     for word in words:
         assert word in lines[0], f"{word!r} is not in: {lines[0]}"
@@ -103,6 +103,19 @@ def test_missing_value_model(place: Place, start: Any):
 def test_flex_attention_without_a_gpu(place: Place, start: Any):
     place.changes["training.attention_backend"] = "flex"
     assert_refused(start, "rl", place, "training.attention_backend: got flex, which needs a GPU")
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_an_engine_of_kernels_without_a_gpu(job: str, place: Place, start: Any):
+    place.changes["rollout.engine"] = "triton"
+    assert_refused(start, job, place, "rollout.engine: got triton, which needs a GPU, and there is none")
+
+
+def test_a_script_of_another_family(place: Place, server: ForkServer, settings: Any):
+    ended = server.run("train/sft_dream.py", settings("sft", place.project))
+    assert ended.code == 2 and len(ended.error_lines) == 1
+    assert ended.err.startswith("error: model.model_base: got sdar, but train/sft_dream.py finetunes dream: start")
+    assert not place.project.exists()
 
 
 @pytest.mark.parametrize("job", JOBS)
@@ -141,6 +154,13 @@ def test_a_model_that_is_to_become_one_of_larger_blocks(job: str, place: Place, 
     ended = start(job, place)
     assert ended.code == 0, ended.err
     assert json.loads((place.project / "ckpt" / "optimized" / "config.json").read_text())["block_size"] == 8
+
+
+def test_finetuning_says_a_warm_up_longer_than_the_run(place: Place, start: Any):
+    """Also where the data decide how long it is: 14 records, 4 a step."""
+    place.changes["training.max_steps"] = "null"
+    ended = start("sft", place)
+    assert ended.code == 0 and "lr_scheduler.params.warmup_steps=50: the run has 4 optimizer steps, so the learning" in ended.err
 
 
 def test_block_size_is_known_before_the_weights_are_read(place: Place, start: Any):
