@@ -570,7 +570,33 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert result.returncode == 0 and result.stderr == "" and "total_step: 320" in result.stdout
 
 
-def test_torch_is_not_imported():
-    code = "import sys\nfrom configs.load import load_config\nload_config('rl')\nassert 'torch' not in sys.modules"
-    result = run(code, "config=configs/rl_tiny.yaml")
+MISTAKES_OF_EVERY_KIND = [
+    "training.epss=1",
+    "training.eps=x",
+    "training.eps=-1",
+    "dataset.data_type=exakt",
+    "training.method=tracerl",
+    "evaluation.denoising_steps_per_block=9",
+    "dataset.eval_dataset=nowhere",
+]
+
+
+@pytest.mark.parametrize("script, file", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])
+def test_torch_is_not_imported(script, file, tmp_path):
+    """By a config that is right, nor by any mistake in it or in the data that it names."""
+    job = job_of(Path(file))
+    code = f"import sys\nfrom configs.load import load_config\nload_config({job!r})\nassert 'torch' not in sys.modules"
+    result = run(code, f"config=configs/{file}.yaml")
     assert result.returncode == 0, result.stderr
+    code = (
+        "import runpy, sys\nmistakes = sys.argv[3:]\nfor mistake in mistakes:\n"
+        f"    sys.argv = [{script!r}, *sys.argv[1:3], mistake]\n"
+        f"    try:\n        runpy.run_path({script!r}, run_name='__main__')\n"
+        "    except SystemExit as end:\n        assert end.code == 2, mistake\n"
+        "    else:\n        raise AssertionError(mistake)\n"
+        "    assert 'torch' not in sys.modules, mistake\n"
+    )
+    mistakes = [one for one in MISTAKES_OF_EVERY_KIND if job != "eval" or "method" not in one]
+    result = run(code, f"config=configs/{file}.yaml", f"experiment.project={tmp_path}/run", *mistakes)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == len(mistakes)
