@@ -29,16 +29,16 @@ from train.methods import METHODS
 
 
 @entry_point
-def main(argv: list[str] | None = None, link: Link | None = None, family: str | None = None) -> None:
-    """link: to the launchers of the other machines, where there are several; family: the one that the script is named after."""
+def main(argv: list[str] | None = None, link: Link | None = None, model_base: str | None = None) -> None:
+    """link: to the launchers of the other machines, where there are several. model_base: the family of the script."""
     from configs.load import load_config
 
     argv = sys.argv[1:] if argv is None else argv
     config = load_config("sft", argv)
-    if family not in (None, config.model.model_base):
+    if model_base not in (None, config.model.model_base):
         raise UserError(
-            f"model.model_base: got {config.model.model_base}, but train/sft_{family}.py finetunes {family}: start train/sft.py, "
-            f"which takes any family, or set model.model_base={family}"
+            f"model.model_base: got {config.model.model_base}, but train/sft_{model_base}.py finetunes {model_base}: start "
+            f"train/sft.py, which takes any family, or set model.model_base={model_base}"
         )
     if is_for_all_machines(config, link):
         run_on_all_machines("sft", main, argv)

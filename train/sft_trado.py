@@ -13,4 +13,4 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])  # run as a file: the rep
 from train.sft import main  # noqa: E402
 
 if __name__ == "__main__":
-    main(family="trado")
+    main(model_base="trado")
