@@ -94,6 +94,7 @@ class RLRun:
     def __init__(self, config: Any, tasks: list[Task], eval_tasks: list[Task] | None) -> None:
         from data.tasks import TaskCursor
         from eval import Evaluator, check_prompts
+        from models.checkpoint import check_block_size
         from reward.scoring import Scorer
         from sample.engine import build_engine
         from sample.rollout import PromptBuilder, check_decoding
@@ -107,6 +108,7 @@ class RLRun:
         def check(model: Any) -> None:
             check_decoding(model, config.rollout, "rollout", config.model.block_size)
             check_prompts(config, config.rollout, model, tasks, "dataset.train_dataset")
+            check_block_size(model, config.training.block_size, "training.block_size", config.model.block_size)
             if eval_tasks is not None:
                 Evaluator.check(config, model, eval_tasks)
 

@@ -87,6 +87,7 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     if plugin is not None and config.model.value_base_model is not None:
         plugins = {POLICY: plugin, VALUE: _deepspeed_plugin(config)}  # one for each model that is trained
     on_cpu = not torch.cuda.is_available() or _asked_for_cpu()
+    check_engine(config, on_cpu)
     _silence_libraries(on_cpu)
     if plugin is not None:
         _prepare_environment_for_deepspeed(on_cpu)
@@ -109,6 +110,12 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
     assert (accelerator.distributed_type == DistributedType.DEEPSPEED) == (plugin is not None)
     atexit.register(_leave_process_group)
     return accelerator
+
+
+def check_engine(config: Config, on_cpu: bool) -> None:
+    """Raises UserError where the config asks for an engine of kernels, and there is no GPU for them."""
+    if on_cpu and config.rollout.engine == "triton":
+        raise UserError("rollout.engine: got triton, which needs a GPU, and there is none: leave it at auto")
 
 
 def _silence_libraries(on_cpu: bool) -> None:

@@ -17,7 +17,7 @@ FOLDERS = ("common", "configs", "data", "models", "reward", "sample", "train")
 """Whose .py files run in a job, beside those at the root."""
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors", "numpy", "triton")
 """Whose versions must be the same: they hold what goes between the machines, or what is computed with it."""
-MODELS = ("pretrained_model", "value_base_model", "process_reward_model", "vq_model_path")
+MODELS = ("pretrained_model", "value_base_model", "process_reward_model")
 DATA = ("train_dataset", "eval_dataset", "optimization_data", "validation_data")
 
 

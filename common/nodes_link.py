@@ -33,7 +33,7 @@ BEAT_SECONDS = 1.0
 CONNECT_SECONDS = 600.0
 """How long another machine tries to reach machine 0, and ..."""
 SUMMONED_SECONDS = 10.0
-"""... how long where machine 0 has started it."""
+"""... how long where machine 0 has started it, or where it only says that it has ended."""
 INTERRUPT, KILL, TERMINATE, STOP, HURRY = "interrupt", "kill", "terminate", "stop", "hurry"
 """What machines are told to do with their processes: a first Ctrl-C, a second one, SIGTERM, another one has failed, others have
 ended after Ctrl-C."""
@@ -205,11 +205,12 @@ class Link:
 class Spoke(Link):
     """Any other machine: knows machine 0 alone."""
 
-    def __init__(self, place: Place) -> None:
-        """Connects. Raises UserError where machine 0 cannot be reached in time."""
+    def __init__(self, place: Place, only_leaves: bool = False) -> None:
+        """Connects. Raises UserError where machine 0 cannot be reached in time. only_leaves: to say that there will be no start."""
         super().__init__(place)
         # One that machine 0 has started comes to an open door, or to a job that is over by now.
-        self.wire = Wire(_connect(place, SUMMONED_SECONDS if place.started_by_machine_0 else CONNECT_SECONDS))
+        is_short = place.started_by_machine_0 or only_leaves
+        self.wire = Wire(_connect(place, SUMMONED_SECONDS if is_short else CONNECT_SECONDS, tells=not only_leaves))
         self.wire.send("name", index=place.index, number=place.number, host=socket.gethostname())
         self.verdict: tuple[int, str | None] | None = None
 
@@ -282,8 +283,8 @@ def _message(line: bytes) -> dict[str, Any]:
     return message
 
 
-def _connect(place: Place, timeout_seconds: float) -> socket.socket:
-    deadline, told = time.monotonic() + timeout_seconds, False
+def _connect(place: Place, timeout_seconds: float, tells: bool = True) -> socket.socket:
+    deadline, told = time.monotonic() + timeout_seconds, not tells
     while True:
         try:
             connection = socket.create_connection((place.address, place.port), timeout=10.0)

@@ -8,6 +8,7 @@ Two ways in. (a) Machine 0 starts the same command on the others (`system.launch
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
@@ -50,6 +51,7 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
     if _is_rank() or {"--help", "-h", "--print-config"} & set(argv):
         run(argv)
         return
+    _check_config(job, argv)
     place = find_place()
     if place.started_by_machine_0:
         die_with_parent(os.getppid())
@@ -91,6 +93,24 @@ def run_on_all_machines(job: str, main: Callable[..., None], argv: list[str] | N
     if line is not None and not place.started_by_machine_0:
         print(line, file=sys.stderr, flush=True)
     sys.exit(code)
+
+
+def _check_config(job: str, argv: list[str]) -> None:
+    """Before all else, so that a mistake in the config is said at once: each machine finds the same by itself. One that machine 0
+    has started says its own over the link."""
+    from configs.load import load_config
+
+    if STARTED_BY_MACHINE_0 in os.environ:
+        return
+    try:
+        load_config(job, argv)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        with contextlib.suppress(UserError):  # no such place, nobody there
+            place = find_place()
+            if place.index:  # the mistake may be in this machine's file alone, and machine 0 would wait for it
+                Spoke(place, only_leaves=True).leave(2, f"error: {error}")
+        sys.exit(2)
 
 
 def is_for_all_machines(config: Config, link: Link | None) -> bool:

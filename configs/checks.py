@@ -1,18 +1,20 @@
 """Values that a type cannot check: ranges, names in registries, files, and settings that contradict one another.
 
-Every message says the setting, what was got and what is meant. Nothing here imports torch.
+Every message says the setting, what was got and what is meant. The update's settings: configs/checks_training.py. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from common.deepspeed_files import read_deepspeed_file
+from common import deepspeed_files
 from common.errors import UserError, warn_once
-from common.registry import Registry
-from configs.schema import Config
+from common.registry import Registry, closest
+from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
+from configs.no_use import warn_of_settings_without_use
+from configs.schema import Config, get
 
 
 def _of_decoding(names: str) -> str:
@@ -95,7 +97,7 @@ def check(config: Config, job: str) -> None:
     """Raises UserError for the first setting whose value cannot be meant. Call after plugins are loaded: registries count."""
     for meaning, test, keys in RANGES:
         for key in keys.split():
-            value = functools.reduce(getattr, key.split("."), config)
+            value = get(config, key)
             for one in value if isinstance(value, list) else [value]:
                 if one is not None and not test(one):
                     raise UserError(f"{key}: got {one!r}, must be {meaning}")
@@ -103,27 +105,45 @@ def check(config: Config, job: str) -> None:
     _check_registries(config, job)
     _check_evaluation(config)
     _check_decoding(config, job)
-    _check_training(config)
-    _check_lora(config, job)
+    check_training(config, job)
+    check_training_blocks(config, job)
+    check_lora(config, job)
     if job != "sft":
         _check_judge(config)
     if job == "rl":
         _check_rl(config)
     if job == "sft":
         _check_sft(config)
+    warn_of_settings_without_use(config, job)
 
 
 def _check_experiment(config: Config) -> None:
     e = config.experiment
     if e.node_index >= e.num_node:
         raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
-    if e.deepspeed_file is not None:
-        machines = read_deepspeed_file(e.deepspeed_file).num_machines
-        if machines != e.num_node:
-            raise UserError(
-                f"experiment.deepspeed_file: got {e.deepspeed_file}, which is for {machines} machine{'s' * (machines > 1)}, but "
-                f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
-            )
+    if e.deepspeed_file is None:
+        return
+    folder, name = deepspeed_files.FOLDER, e.deepspeed_file
+    if not any(path.is_file() for path in (folder / f"{name}.yaml", folder / name, Path(name))):  # the reader would list all files
+        names = deepspeed_files.deepspeed_file_names()
+        close = ", ".join(closest(name, names, 4) or names[:1])
+        raise UserError(
+            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/, where there is {close}, and more: "
+            "NUMBER_node_NUMBER_gpus_deepspeed_zeroSTAGE"
+        )
+    file = deepspeed_files.read_deepspeed_file(name)
+    machines = file.num_machines
+    if machines != e.num_node:
+        raise UserError(
+            f"experiment.deepspeed_file: got {name}, which is for {machines} machine{'s' * (machines > 1)}, but "
+            f"experiment.num_node is {e.num_node}: name the file of {e.num_node}_node, or set num_node to {machines}"
+        )
+    named = None if file.num_processes is None else file.num_processes // machines
+    if named is not None and e.num_processes is not None and e.num_processes > named:
+        raise UserError(
+            f"experiment.num_processes: got {e.num_processes}, but {name} is for {named} per machine: name the file of "
+            f"as many GPUs in experiment.deepspeed_file, or set num_processes to {named} or less"
+        )
 
 
 def _check_registries(config: Config, job: str) -> None:
@@ -163,7 +183,7 @@ def _check_registries(config: Config, job: str) -> None:
                 f"{config.model.model_base} predicts it at its own: choose random_masking or semi-ar"
             )
         if job == "rl":
-            _check_engine_logprobs(config, method.is_sampled(config.training, config.rollout, family.attention), family.attention)
+            check_engine_logprobs(config, method.is_sampled(config.training, config.rollout, family.attention), family.attention)
         has_judge = config.reward.judge.base_url is not None or config.model.process_reward_model is not None
         if has_judge and (config.model.value_shared or config.model.value_base_model is not None) and method.trace != "trace":
             warn_once(
@@ -175,40 +195,6 @@ def _check_registries(config: Config, job: str) -> None:
 def _predicts_as(method: Any, family: Any) -> bool:
     """Whether the family predicts tokens where the method trains them."""
     return method.trace != "next_token" or family.logit_shift == 1
-
-
-def _check_engine_logprobs(config: Config, is_sampled: bool, attention: str) -> None:
-    """The engine's log-probs mean something to the trainer only where it trains the very slices that were sampled."""
-    t = config.training
-    is_single = t.num_updates_per_step == 1
-    if t.importance_cap is not None and (t.old_logprobs == "engine" or (t.old_logprobs == "current" and not is_single)):
-        raise UserError(
-            f"training.importance_cap: got {t.importance_cap!r} with training.old_logprobs={t.old_logprobs}, but it weighs the "
-            "trainer's log-probs before the update against the engine's: use old_logprobs trainer or auto"
-        )
-    if (
-        t.beta
-        and t.kl_to == "old"
-        and t.use_kl_estimator_k3
-        and (t.old_logprobs == "current" or (t.old_logprobs == "auto" and is_single))
-    ):
-        warn_once(
-            f"training.beta={t.beta} holds to the old policy, which is the current one in every update here: the term has no "
-            "gradient; set training.kl_to=reference, or several updates per step"
-        )
-    cache = config.rollout.cache_kind
-    if attention == "full" and t.old_logprobs == "engine" and cache != "none":
-        raise UserError(
-            f"training.old_logprobs: got 'engine' with a {cache} cache, but caches of full-attention models are approximate, so "
-            "the engine's log-probs are not the trainer's: use trainer or auto, or rollout.cache=none"
-        )
-    for key, is_asked in [("old_logprobs", t.old_logprobs == "engine"), ("importance_cap", t.importance_cap is not None)]:
-        if is_asked and not is_sampled:
-            width = "max_gen_length" if attention == "full" else "block_size"
-            raise UserError(
-                f"training.{key}: got {getattr(t, key)!r}, which needs the log-probs of sampling, but training.method="
-                f"{t.method}, shrink={t.shrink}, {width}={getattr(t, width)} trains other slices than were sampled: leave it out"
-            )
 
 
 def _registered(registry: Registry, name: str, key: str) -> None:
@@ -329,43 +315,6 @@ def _check_canvas(section: str, d: Any) -> None:
         )
 
 
-def _check_training(config: Config) -> None:
-    t, bounds = config.training, config.reward.keep_solve_rate
-    if t.lower_p > t.upper_p:
-        raise UserError(f"training.lower_p: got {t.lower_p}, must be at most training.upper_p, which is {t.upper_p}")
-    if len(bounds) != 2 or not 0 <= bounds[0] <= bounds[1] <= 1:
-        raise UserError(f"reward.keep_solve_rate: got {bounds}, must be two shares from 0 to 1, the lower one first")
-    peak, again = config.optimizer.params.policy_learning_rate, config.lr_scheduler.params.learning_rate
-    if again not in (peak, config.optimizer.params.learning_rate):
-        raise UserError(
-            f"lr_scheduler.params.learning_rate: got {again}, but optimizer.params says {peak}: they are one setting, "
-            "set the latter"
-        )
-    if config.model.value_base_model is None and config.optimizer.params.learning_rate != peak:
-        raise UserError(
-            f"optimizer.params.learning_rate: got {config.optimizer.params.learning_rate}, but policy_learning_rate is {peak}: "
-            "without model.value_base_model they are one setting, give only one of them"
-        )
-
-
-def _check_lora(config: Config, job: str) -> None:
-    from models.lora_targets import resolve_targets
-    from models.registry import FAMILIES
-
-    lora = config.training.lora
-    if job == "eval" or not lora.rank:
-        return
-    resolve_targets(FAMILIES.get(config.model.model_base), lora.target_modules)
-    for key in ("pretrained_model", "value_base_model"):
-        if getattr(config.model, key) == "tiny-random":
-            raise UserError(
-                f"training.lora.rank: got {lora.rank}, but model.{key} is tiny-random, which every job makes anew: "
-                "an adapter needs a base on disk"
-            )
-    if job == "rl" and lora.dropout:
-        raise UserError(f"training.lora.dropout: got {lora.dropout}, must be 0 for RL: what is trained has to be what was sampled")
-
-
 def _check_judge(config: Config) -> None:
     from reward.judge_client import split_url
 
@@ -451,10 +400,6 @@ def _check_sft(config: Config) -> None:
             f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "
             "give only one of them"
         )
-    if t.method in ("trace", "ar"):
-        for key in ["complementary_mask", "loss_weight_by_ratio"]:
-            if getattr(t, key):
-                raise UserError(f"training.{key}: got true, but method {t.method} draws no masks: choose semi-ar, or leave it out")
     from models.registry import FAMILIES
 
     is_canvas = FAMILIES.get(config.model.model_base).attention == "full"
@@ -463,5 +408,10 @@ def _check_sft(config: Config) -> None:
             "training.loss_weight_by_ratio: got true with loss_weighting=reference, which for full attention is the mean over the "
             "masked tokens of a row and weighs by 1/ratio already: choose loss_weighting token or response"
         )
-    if config.training.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
+    if t.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")
+    if t.stop_at_solve_rate is not None and not config.evaluation.if_eval:
+        raise UserError(
+            f"training.stop_at_solve_rate: got {t.stop_at_solve_rate}, but evaluation.if_eval is false, so it is never measured: "
+            "set if_eval to true, or leave stop_at_solve_rate out"
+        )

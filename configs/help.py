@@ -14,7 +14,7 @@ USAGE = {
     "eval": ("Evaluation of a diffusion language model.", "python eval.py config=configs/trado_eval.yaml"),
     "sft": (
         "Supervised finetuning of a diffusion language model.",
-        "accelerate launch --config_file accelerate_configs/FILE.yaml train/sft_trado.py config=configs/sft_tiny.yaml",
+        "accelerate launch --config_file accelerate_configs/FILE.yaml train/sft_sdar.py config=configs/sft_tiny.yaml",
     ),
 }
 

@@ -25,12 +25,12 @@ from omegaconf.errors import OmegaConfBaseException
 
 from common.errors import UserError, warn_once
 from common.plugins import load_plugins
-from common.registry import did_you_mean
+from common.registry import NO_IMAGES, closest, did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
 from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation, unused_in_sft
-from configs.schema import Config
+from configs.schema import Config, get
 
 Job = Literal["rl", "eval", "sft"]
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +49,12 @@ REQUIRED: dict[str, dict[str, str]] = {
     }.items()
 }
 """What a job cannot do without, and what it is."""
+
+IMAGES = (
+    "model.vq_model_path model.image_resolution dataset.image_root dataset.add_think_prompt reward.answer_must_in_box "
+    "reward.strict_len_check"
+).split()
+"""Settings of models that see images: accepted, and read by nothing."""
 
 
 def load_config(job: Job, argv: Sequence[str] | None = None) -> Config:
@@ -107,8 +113,10 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
     source: dict[str, str] = {}
     for tree, where in layers:
         named, unused = canonical(flatten(tree), job)
-        if unused:
-            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({UNUSED[key]})" for key in unused))
+        why = {key: UNUSED[key] for key in unused}
+        why |= {key: NO_IMAGES for key in IMAGES if key in named and named[key] != get(Config(), key)}
+        if why:
+            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({why[key]})" for key in why))
         for key, value in named.items():
             if key in _sections() and value is None:
                 continue  # a section with nothing in it
@@ -203,6 +211,8 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
         key, equals, text = argument.partition("=")
         if argument == "--print-config":
             continue
+        elif argument.startswith("-") and argument.partition("=")[0].strip("-") == "config":
+            raise UserError(f"{argument}: unknown option: the file is given as config=FILE.yaml, without dashes")
         elif argument.startswith("-"):
             raise UserError(f"{argument}: unknown option{did_you_mean(argument, ['--print-config', '--help'])}")
         elif not equals or not key:
@@ -212,16 +222,20 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
         else:
             overrides[key] = _parse_value(key, text)
     if path is None:
-        raise UserError(f"config=FILE.yaml is missing: choose one of {_shipped(job)}, or --help")
+        raise UserError(f"config=FILE.yaml is missing: choose one of configs/, such as {_examples(job)}, or --help")
     for candidate in [Path(path), ROOT / path]:
         if candidate.is_file():
             return candidate if candidate == Path(path) else Path(os.path.relpath(candidate)), flatten(overrides)
-    raise UserError(f"config={path}: no such file; there are {_shipped(job)}")
+    if Path(path).is_dir():
+        raise UserError(f"config={path}: is a directory, expected a file, such as {_examples(job)}")
+    raise UserError(f"config={path}: no such file; in configs/ there is {_examples(job, path)}, and more")
 
 
-def _shipped(job: Job) -> str:
-    pattern = {"rl": "*rl_*.yaml", "eval": "*eval.yaml", "sft": "*sft_*.yaml"}[job]
-    return ", ".join(sorted(f"configs/{path.name}" for path in (ROOT / "configs").glob(pattern))) or "none for this job"
+def _examples(job: Job, name: str = "") -> str:
+    """A few of the shipped files for a job: those closest to `name`, else those that run anywhere."""
+    pattern, tiny = {"rl": ("*rl_*.yaml", "rl_tiny"), "eval": ("*eval.yaml", "tiny_eval"), "sft": ("*sft_*.yaml", "sft_tiny")}[job]
+    shipped = sorted(path.stem for path in (ROOT / "configs").glob(pattern))
+    return ", ".join(f"configs/{one}.yaml" for one in closest(Path(name).stem, shipped, 3) or closest(tiny, shipped, 3))
 
 
 def _parse_value(key: str, text: str) -> Any:
@@ -286,16 +300,45 @@ def _check_name(key: str, value: Any, where: str) -> None:
         raise UserError(f"{key}: unknown setting {where}{suggest(key)}")
 
 
+USUAL_NAMES = {
+    "lr": "optimizer.params.learning_rate",
+    "batch_size": "training.batch_size",
+    "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs",
+    "warmup": "lr_scheduler.params.warmup_steps",
+    "gpus": "experiment.num_processes",
+    "num_gpus": "experiment.num_processes",
+    "output_dir": "experiment.project",
+    "max_new_tokens": "rollout.max_token",
+    "max_tokens": "rollout.max_token",
+    "num_generations": "rollout.num_response_per_task",
+    "kl_coef": "training.beta",
+    "model_path": "model.pretrained_model",
+    "resume": "experiment.start_from_scratch",
+}
+"""What settings are called elsewhere: only suggested."""
+
+
 def suggest(key: str) -> str:
-    """` (did you mean training.eps?)`: the same name in another section, else a similar name in this one, else anywhere."""
+    """` (did you mean training.eps?)`: the same name in another section, else what it is usually called elsewhere, else a similar
+    name in this section or below it, else anywhere."""
     known = [*setting_types(), *(alias for alias in ALIASES if "." in alias)]
+    for other in known:
+        if other.replace("_", ".") == key.replace("_", "."):  # training.lora_rank
+            return f" (did you mean {other}?)"
     section, _, name = key.rpartition(".")
     same_name = [other for other in known if other.rpartition(".")[2] == name]
     if same_name:
         return did_you_mean(key, same_name) or f" (did you mean {same_name[0]}?)"
-    similar = did_you_mean(name, [other.rpartition(".")[2] for other in known if other.startswith(f"{section}.")])
-    if similar and section:
-        return similar.replace("did you mean ", f"did you mean {section}.")
+    if name in USUAL_NAMES:
+        usual = USUAL_NAMES[name]
+        beside = f"{section}.{usual.rpartition('.')[2]}"
+        return f" (did you mean {beside if beside in known else usual}?)"
+    for inside in ([o for o in known if o.rpartition(".")[0] == section], [o for o in known if o.startswith(f"{section}.")]):
+        by_name = {other.rpartition(".")[2]: other for other in reversed(inside)}
+        close = closest(name, list(by_name), 1)
+        if close:
+            return f" (did you mean {by_name[close[0]]}?)"
     return did_you_mean(key, known)
 
 
@@ -353,11 +396,6 @@ def describe(hint: Any) -> str:
 
 
 # What is written ------------------------------------------------------------------------------------------------------
-
-
-def get(config: Config, key: str) -> Any:
-    """The value of "section.key"."""
-    return functools.reduce(getattr, key.split("."), config)
 
 
 def to_yaml(config: Config) -> str:

@@ -8,8 +8,9 @@ are filled in by configs/load.py. Nothing here imports torch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 
 @dataclass
@@ -75,9 +76,9 @@ class Model:
     process_reward_model: str | None = None
     """Given: a language model that grades solutions chunk by chunk. See reward.judge, where it may run as a server instead."""
     vq_model_path: str | None = None
-    """MMaDA: the image tokenizer."""
+    """MMaDA: the image tokenizer. No use yet."""
     image_resolution: int = 512
-    """MMaDA: side of an image, pixels."""
+    """MMaDA: side of an image, pixels. No use yet."""
 
 
 @dataclass
@@ -98,9 +99,9 @@ class Dataset:
     """Prompts by the chat template of the checkpoint's tokenizer, where it has one; False: by the family's fixed form, as the
     reference does."""
     image_root: str | None = None
-    """Folder that image paths start from."""
+    """Folder that image paths start from. No use yet."""
     add_think_prompt: bool = False
-    """Multimodal: the prompt asks for thinking first."""
+    """Multimodal: the prompt asks for thinking first. No use yet."""
 
 
 @dataclass
@@ -296,9 +297,9 @@ class Reward:
     """Programs: the share of the tests that pass, or 1 where all pass and else 0. Share: groups are kept by reward alone, not
     by keep_solve_rate."""
     answer_must_in_box: bool = False
-    """Multimodal: only a boxed answer counts."""
+    """Multimodal: only a boxed answer counts. No use yet."""
     strict_len_check: bool = False
-    """Multimodal: over-long answers score 0."""
+    """Multimodal: over-long answers score 0. No use yet."""
     judge: Judge = field(default_factory=Judge)
 
 
@@ -560,3 +561,8 @@ class Config:
     evaluation: Evaluation = field(default_factory=Evaluation)
     wandb: Wandb = field(default_factory=Wandb)
     logging: Logging = field(default_factory=Logging)
+
+
+def get(config: Config, key: str) -> Any:
+    """The value of "section.key"."""
+    return functools.reduce(getattr, key.split("."), config)

@@ -161,6 +161,18 @@ def check_tokenizer(model: Pretrained) -> None:
         raise UserError(f"{model.path}: no tokenizer (tokenizer.json): copy the files of the published checkpoint's there")
 
 
+def check_block_size(model: Pretrained, size: int, setting: str, becomes: int | None = None) -> None:
+    """Raises UserError where `setting` runs a block model in blocks of another `size` than its config.json says, and not in those
+    of the size that it `becomes` (`model.block_size`) either."""
+    trained = model.family.config_block_size(model.config)
+    if model.family.attention == "block" and trained is not None and size not in (trained, becomes):
+        to_other = f"model.block_size to {size}" if becomes is None else f"it to {becomes}, as model.block_size"
+        raise UserError(
+            f"{setting}: got {size}, but the checkpoint's config.json says block_size {trained}: "
+            f"set it to {trained}, or, where the model is to become another's, set {to_other}"
+        )
+
+
 def load_pretrained(
     name: str,
     model_base: str,

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from typing import Any, Callable, ClassVar, Mapping, Sequence
 
 from common.records import Rollout, Task
-from common.registry import Registry
+from common.registry import NO_IMAGES, Registry
 
 TEXT = (str,)
 TEXT_OR_NUMBER = (str, int, float)
@@ -118,6 +118,7 @@ REWARDS.register("math", "reward.math_reward:MathReward")
 REWARDS.register("exact", "reward.exact:ExactReward")
 REWARDS.register("code", "reward.code_reward:CodeReward")
 REWARDS.register("judge", "reward.judge:NoOutcome")
+REWARDS.lacks("mmu", NO_IMAGES)
 
 RewardFunction = Callable[[Task, str, Rollout], "float | bool | Score"]
 REWARD_FUNCTIONS: Registry[RewardFunction] = Registry("reward function")

@@ -8,7 +8,7 @@ from common import dist
 from common.errors import UserError
 from common.records import Rollout, ScoredRollout, Task
 from data.prompts import build_prompt
-from models.checkpoint import Pretrained, check_tokenizer
+from models.checkpoint import Pretrained, check_block_size, check_tokenizer
 from reward.registry import REWARDS
 from sample.engine import Request, SamplingSettings, progress_bar
 from sample.queue import ListQueue, SharedQueue
@@ -31,13 +31,7 @@ def check_decoding(model: Pretrained, decoding: Any, section: str, becomes: int 
     A block model whose config.json says its block size must be run at it, or at the one that it `becomes` (`model.block_size`).
     Raises UserError.
     """
-    trained = model.family.config_block_size(model.config)
-    if model.family.attention == "block" and trained is not None and decoding.block_size not in (trained, becomes):
-        to_other = f"model.block_size to {decoding.block_size}" if becomes is None else f"it to {becomes}, as model.block_size"
-        raise UserError(
-            f"{section}.block_size: got {decoding.block_size}, but the checkpoint's config.json says block_size {trained}: "
-            f"set it to {trained}, or, where the model is to become another's, set {to_other}"
-        )
+    check_block_size(model, decoding.block_size, f"{section}.block_size", becomes)
     check_tokenizer(model)
     if not stop_ids(model, decoding.stop_token_list):
         raise UserError(

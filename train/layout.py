@@ -14,8 +14,9 @@ from typing import Any, Literal
 
 import numpy as np
 
+from common.errors import warn
 from train.methods import METHODS, Method
-from train.packing import Document, build_document
+from train.packing import Document, build_document, split_long
 from train.traces import TRACES, Grid, Response, lay_out, sampled_response
 
 
@@ -88,3 +89,19 @@ class Layout:
         size = self.block_size(response)
         trace = TRACES.get(self.method.trace)(self.prepared(response), size, self.training, generator)
         return build_document(index, response, trace, size)
+
+
+MUCH_REPEATED = 2.0
+"""Warn where cutting the longest document up multiplies its tokens by more than this."""
+
+
+def warn_of_repeats(longest: Document, max_tokens: int) -> bool:
+    """Warn, and say so, where the token budget cuts the longest document into many parts, each with the clean text before it."""
+    parts = split_long(longest, max_tokens)
+    repeated = sum(part.num_tokens for part in parts) / longest.num_tokens
+    if repeated > MUCH_REPEATED:
+        warn(
+            f"training.max_tokens_per_microbatch={max_tokens}: the longest document has {longest.num_tokens} tokens and is cut "
+            f"into {len(parts)} parts that repeat its text, {repeated:.1f} times its cost: raise it as far as the memory allows"
+        )
+    return repeated > MUCH_REPEATED

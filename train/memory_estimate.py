@@ -1,7 +1,6 @@
 """How much memory of a GPU a training job will take, said before it takes any.
 
-    python -m train.memory_estimate config=configs/rl_sdar.yaml gpus=8 gpu_gib=139 [section.key=value ...]
-        [job=sft] [model=config.json]        finetuning; the model's config.json, where model.pretrained_model is not here
+    python -m train.memory_estimate config=configs/rl_sdar.yaml gpus=8 gpu_gib=139 [job=sft] [model=config.json]
 
 Every training job prints the same table at its start on a GPU, and does not start where it cannot fit (train/run.py). It shows
 sampling beside the fullest moment of the update; the arithmetic is train/memory_items.py's. Nothing here imports torch.
@@ -12,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import sys
+from pathlib import Path
 from typing import Any, Iterator
 
 from common.deepspeed_files import Sharding, sharding_asked_for
@@ -29,6 +29,18 @@ from train.memory_items import (
     update_bytes,
 )
 from train.memory_setup import Setup, adapted_weights, adapter_parameters
+
+HELP = """How much memory of a GPU a training job will take, item by item; no GPU is needed.
+
+  python -m train.memory_estimate config=configs/rl_sdar.yaml gpus=8 gpu_gib=139 [section.key=value ...]
+
+  config=FILE        the job's settings; section.key=value overrides them, as for the job (python rl.py --help lists all)
+  gpus=1             GPUs of the job, all machines together
+  gpu_gib=80         memory of one of them, GiB
+  job=rl             rl, or sft for finetuning
+  model=PATH         the model's config.json, where model.pretrained_model is not here (of a hub model that file is fetched)
+
+Exit code 2 where it cannot fit, with the changes that would do (docs/scaling.md)."""
 
 TOLERANCE = 0.1
 """What is more than so much over a GPU's memory is refused: measured peaks are within it (tests/train/test_memory_estimate.py)."""
@@ -173,8 +185,6 @@ def setup_of(
 def read_shape(name: str, family: Any, config_json: str | None = None) -> DecoderConfig:
     """The shape that the config.json of a checkpoint says (a directory or hub name; an adapter's is its base's); of a hub model
     that file alone is fetched. Raises UserError."""
-    from pathlib import Path
-
     from models.config_json import decoder_shape, read_object
 
     if config_json is not None:
@@ -188,14 +198,23 @@ def read_shape(name: str, family: Any, config_json: str | None = None) -> Decode
             return read_shape(base, family)
         path = Path(name) / "config.json"
     else:
-        from huggingface_hub import hf_hub_download
-
-        try:
-            path = Path(hf_hub_download(name, "config.json"))
-        except Exception as error:  # the hub raises a dozen kinds: all mean that it is not to be had
-            reason = str(error).strip().splitlines()[0]
-            raise UserError(f"{name}: no config.json to be had ({reason}): give one as model=path/to/config.json") from error
+        path = _fetch_config_json(name)
     return decoder_shape(family, read_object(path, "give the config.json of a model"), str(path))
+
+
+def _fetch_config_json(name: str) -> Path:
+    """Of a hub model: from the hub, else from its cache. UserError where neither has it."""
+    from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url
+
+    try:
+        get_hf_file_metadata(hf_hub_url(name, "config.json"))  # asks once, where a download would try again for half a minute
+        return Path(hf_hub_download(name, "config.json"))
+    except Exception as error:  # the hub raises a dozen kinds: all mean that it is not to be had
+        try:
+            return Path(hf_hub_download(name, "config.json", local_files_only=True))
+        except Exception:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            raise UserError(f"{name}: no config.json to be had ({reason}): give one as model=path/to/config.json") from error
 
 
 @entry_point
@@ -204,9 +223,13 @@ def main(argv: list[str] | None = None) -> None:
     from models.family import TINY_RANDOM
     from models.registry import FAMILIES
 
+    argv = sys.argv[1:] if argv is None else argv
+    if {"--help", "-h"} & set(argv):
+        print(HELP)
+        return
     own = {"gpus": "1", "gpu_gib": "80", "job": "rl", "model": None}
     rest = []
-    for argument in sys.argv[1:] if argv is None else argv:
+    for argument in argv:
         key, equals, value = argument.partition("=")
         if key in own and equals:
             own[key] = value

@@ -12,6 +12,7 @@ from common.errors import UserError
 from common.records import ScoredRollout
 from models.checkpoint import Pretrained
 from train.gap import SampledGap
+from train.layout import warn_of_repeats
 from train.loop import Tables, Trainer, merge_results
 from train.objectives import OBJECTIVES, kl_weights, token_weights
 from train.packing import Document, Predictions, draw_rows, number, rows_of_any, split_rows
@@ -62,6 +63,7 @@ class PolicyUpdate:
         # Where the update's own slices say nothing of it.
         self.gap = None if self.is_sampled or not config.logging.gap_responses else SampledGap(trainer, config, fill_id)
         self.objective = OBJECTIVES.get(config.training.objective or method.objective_of("rl"), "training.objective")
+        self.warned_of_repeats = False
         self.reference: Policy | None = None
         if reference is not None:
             self.reference = build_policy(reference, config, config.rollout.temperature).to(trainer.accelerator.device)
@@ -85,6 +87,9 @@ class PolicyUpdate:
         documents = self.documents(rollouts, step)
         if not documents:
             return {}
+        if self.trainer.accelerator.is_main_process and not self.warned_of_repeats:
+            longest_document = max(documents, key=lambda document: document.num_tokens)
+            self.warned_of_repeats = warn_of_repeats(longest_document, training.max_tokens_per_microbatch)
         predictions = number(documents)
         max_rows = training.max_rows_per_response
         num_rows = sum(d.num_rows if max_rows is None else min(d.num_rows, max_rows) for d in documents)

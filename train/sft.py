@@ -2,7 +2,8 @@
 
     python train/sft.py config=configs/sft_tiny.yaml [section.key=value ...] [--print-config] [--help]
 
-The other train/sft_*.py scripts are this one under the names of families: there model.model_base may be left out.
+The other train/sft_*.py scripts are this one for the family in their name: there model.model_base may be left out, and another
+family is refused.
 """
 
 from __future__ import annotations
@@ -32,13 +33,18 @@ from train.methods import METHODS
 
 @entry_point
 def main(argv: list[str] | None = None, link: Link | None = None, model_base: str | None = None) -> None:
-    """link: to the launchers of the other machines, where there are several. model_base: the family where no setting says it."""
+    """link: to the launchers of the other machines, where there are several. model_base: the family of the script."""
     from configs.load import load_config, with_default
 
     argv = sys.argv[1:] if argv is None else argv
     if model_base is not None:
         argv = with_default("sft", argv, "model.model_base", model_base)
     config = load_config("sft", argv)
+    if model_base not in (None, config.model.model_base):
+        raise UserError(
+            f"model.model_base: got {config.model.model_base}, but train/sft_{model_base}.py finetunes {model_base}: start "
+            f"train/sft.py, which takes any family, or set model.model_base={model_base}"
+        )
     if is_for_all_machines(config, link):
         run_on_all_machines("sft", main, argv)
     if writes_the_run(link) and is_over(config):
@@ -93,7 +99,9 @@ class SFTRun:
     """One finetuning run. Torch is imported here, behind the checks of the config."""
 
     def __init__(self, config: Any, data: SFTData) -> None:
+        from configs.checks_training import warn_of_warmup
         from eval import Evaluator
+        from models.checkpoint import Pretrained, check_block_size
         from train.registry import OBJECTIVES
         from train.run import Run
         from train.sft_data import build_responses, fingerprint, warn_of_cuts, warn_of_end
@@ -104,7 +112,10 @@ class SFTRun:
         method = METHODS.get(training.method, "training.method")
         self.objective = OBJECTIVES.get(training.objective or method.objective_of("sft"), "training.objective")
 
-        def check(model: Any) -> None:
+        def check(model: Pretrained) -> None:
+            # Before evaluations, which follow it where they are not told otherwise.
+            setting = "training.block_size (rollout.block_size, where it is not given)"
+            check_block_size(model, training.block_size, setting, config.model.block_size)
             if data.eval_tasks is not None:
                 Evaluator.check(config, model, data.eval_tasks)
 
@@ -114,6 +125,7 @@ class SFTRun:
         self.responses = build_responses(config, model, data.train, str(dataset.optimization_data), is_main)
         self.run.total_steps = training.max_steps or training.num_train_epochs * -(-len(self.responses) // training.batch_size)
         self.fingerprint = fingerprint(self.responses)
+        warn_of_warmup(config, self.run.total_steps)
         if is_main:
             warn_of_end(config, model)
             warn_of_cuts(self.responses, self.layout)

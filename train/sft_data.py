@@ -12,13 +12,9 @@ from common.errors import UserError, warn
 from data.sft import SFTRecord, encode_sft, response_end
 from models.checkpoint import Pretrained
 from reward.registry import REWARDS
-from train.layout import Layout
+from train.layout import Layout, warn_of_repeats
 from train.methods import METHODS
-from train.packing import split_long
 from train.traces import Response
-
-MUCH_REPEATED = 2.0
-"""Warn where cutting the longest document up multiplies its tokens by more than this."""
 
 
 def as_response(
@@ -130,14 +126,7 @@ def warn_of_cuts(responses: list[Response], layout: Layout) -> None:
     document = layout.document(0, longest, np.random.default_rng(training.seed))
     if document is None:
         return
-    parts = split_long(document, training.max_tokens_per_microbatch)
-    repeated = sum(part.num_tokens for part in parts) / document.num_tokens
-    if repeated > MUCH_REPEATED:
-        warn(
-            f"training.max_tokens_per_microbatch={training.max_tokens_per_microbatch}: the longest document has "
-            f"{document.num_tokens} tokens and is cut into {len(parts)} parts that repeat its text, {repeated:.1f} times its cost: "
-            "raise it as far as the memory allows"
-        )
+    warn_of_repeats(document, training.max_tokens_per_microbatch)
 
 
 def fingerprint(responses: list[Response]) -> str:

@@ -12,11 +12,13 @@ import pytest
 from omegaconf import OmegaConf
 
 from common.errors import UserError
+from common.registry import Registry, closest
 from common.run_dir import RunDir
 from configs.checks import RANGES
 from configs.help import help_text, settings
 from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
 from configs.reference import flatten
+from configs.schema import Config
 
 MINIMAL = """
 experiment: {project: runs/x}
@@ -155,6 +157,7 @@ def test_evaluation_follows_rollout_unless_given(load):
     assert [(v.block_size, v.denoising_steps_per_block) for v in one] == [(4, 4)]
 
 
+TWO_MACHINES = ["experiment.num_node=2", "experiment.deepspeed_file=2_node_8_gpus_deepspeed_zero3"]
 MISTAKES = [
     (["training.epss=0.3"], "training.epss: unknown setting on the command line (did you mean training.eps?)"),
     (["rollout.eps=1"], "rollout.eps: unknown setting on the command line (did you mean training.eps?)"),
@@ -200,6 +203,9 @@ MISTAKES = [
         "reward.overlong_penalty_tokens: got 2001, must be at most rollout.max_token, which is 2000",
     ),
     (["model.block_size=0"], "model.block_size: got 0, must be above 0"),
+    (["model.block_size=8"], "training.block_size: got 4, but model.block_size says that the run's checkpoints are of blocks of 8"),
+    (["training.block_size=3"], "training.block_size: got 3, must be a multiple of rollout.block_size, which is 4"),
+    (["rollout.block_size=8", "training.block_size=4"], "training.block_size: got 4, must be a multiple of rollout.block_size"),
     (["rollout.num_response_per_task=1"], "rollout.num_response_per_task: got 1, must be at least 2 without a value model"),
     (["rollout.temperature=0"], "rollout.temperature: got 0.0: all responses"),
     (["rollout.top_k=1"], "rollout.top_k: got 1: all responses"),
@@ -207,10 +213,26 @@ MISTAKES = [
     (["lr_scheduler.params.learning_rate=1"], "lr_scheduler.params.learning_rate: got 1.0, but optimizer.params says 1e-06"),
     (["optimizer.params.learning_rate=1", "optimizer.params.policy_learning_rate=2"], "give only one of them"),
     (["experiment.node_index=1"], "experiment.node_index: got 1, must be below experiment.num_node, which is 1"),
-    (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "did you mean 1_node_8_gpus_deepspeed_zero3?"),
+    (
+        ["experiment.num_processes=2", "experiment.deepspeed_file=1_node_1_gpus_deepspeed_zero2"],
+        "experiment.num_processes: got 2, but 1_node_1_gpus_deepspeed_zero2 is for 1 per machine",
+    ),
+    (["experiment.num_processes=9", *TWO_MACHINES], "got 9, but 2_node_8_gpus_deepspeed_zero3 is for 8 per machine"),
+    (
+        ["experiment.deepspeed_file=zero3"],
+        "experiment.deepspeed_file: no file 'zero3' in accelerate_configs/, where there is 1_node_1_gpus_deepspeed_zero3, "
+        "1_node_2_gpus_deepspeed_zero3, 1_node_4_gpus_deepspeed_zero3, 1_node_8_gpus_deepspeed_zero3, and more: NUMBER_node_",
+    ),
+    (["experiment.deepspeed_file=1_node_8_gpu_zero3"], "accelerate_configs/, where there is 1_node_8_gpus_deepspeed_zero3, "),
     (["model.model_base=sdarr"], "(did you mean sdar?)"),
+    (
+        ["model.model_base=lladav"],
+        "model.model_base: model family 'lladav' is not supported: images are not supported yet; choices: dream, llada,",
+    ),
+    (["dataset.data_type=mmu"], "dataset.data_type: reward 'mmu' is not supported: images are not supported yet; choices: code,"),
     (["dataset.data_type=maths"], "(did you mean math?)"),
-    (["training.method=trace_rl"], "(did you mean"),
+    (["training.method=trace_rl"], "(did you mean TraceRL?)"),
+    (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
     (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
     (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
@@ -263,11 +285,56 @@ def test_empty_sections_are_nothing(load):
 def test_no_file(tmp_path):
     with pytest.raises(UserError, match=r"config=FILE.yaml is missing: choose one of .*configs/rl_tiny.yaml"):
         load_config("rl", [])
-    with pytest.raises(UserError, match=r"config=nowhere.yaml: no such file; there are .*configs/tiny_eval.yaml"):
+    with pytest.raises(UserError, match=r"config=nowhere.yaml: no such file; in configs/ there is configs/tiny_eval.yaml"):
         load_config("eval", ["config=nowhere.yaml"])
+    with pytest.raises(UserError) as error:
+        load_config("rl", ["config=configs/rl_tny.yaml"])
+    assert str(error.value).startswith("config=configs/rl_tny.yaml: no such file; in configs/ there is configs/rl_tiny.yaml, ")
+    assert str(error.value).count(".yaml") == 4, "the closest few"
+    with pytest.raises(UserError, match=r"config=configs: is a directory, expected a file, such as configs/sft_tiny.yaml, "):
+        load_config("sft", ["config=configs"])
+    for given in (["--config", "configs/rl_tiny.yaml"], ["--config=configs/rl_tiny.yaml"]):
+        with pytest.raises(UserError, match=r"^--config.*: unknown option: the file is given as config=FILE.yaml, without dashes$"):
+            load_config("rl", given)
     (tmp_path / "latin.yaml").write_bytes(b"a: \xe9\n")
     with pytest.raises(UserError, match="latin.yaml: cannot be read"):
         load_config("rl", [f"config={tmp_path / 'latin.yaml'}"])
+
+
+def test_as_many_processes_as_the_deepspeed_file_names_or_fewer(load):
+    for number in (1, 8):
+        assert load("rl", MINIMAL, f"experiment.num_processes={number}", *TWO_MACHINES).experiment.num_processes == number
+
+
+def test_blocks_of_the_update(load):
+    """Random masks follow no sampled block; a larger block holds whole ones; finetuning samples nothing that it trains."""
+    assert load("rl", MINIMAL, "training.block_size=8", "model.block_size=8").rollout.block_size == 4
+    assert load("rl", MINIMAL, "training.block_size=6", "training.method=random_masking").training.block_size == 6
+    assert load("sft", MINIMAL, "training.block_size=6", "rollout.block_size=4").training.block_size == 6
+    assert load("eval", MINIMAL, "evaluation.block_size=8", "model.block_size=8").evaluation.block_size == [8]
+    with pytest.raises(UserError, match="training.block_size: got 8, but model.block_size .* of blocks of 4: set it to 4"):
+        load("sft", MINIMAL, "training.block_size=8", "model.block_size=4")
+
+
+SUGGESTED = {
+    "optimizer.lr": "optimizer.params.learning_rate",
+    "lr": "optimizer.params.learning_rate",
+    "optimizer.learning_rat": "optimizer.params.learning_rate",
+    "optimizer.learning_rate": "optimizer.params.learning_rate",
+    "rollout.temp": "rollout.temperature",
+    "training.lora_rank": "training.lora.rank",
+    "training.beta1": "optimizer.params.beta1",
+    "training.epochs": "training.num_train_epochs",
+    "evaluation.max_new_tokens": "evaluation.max_token",
+    "rollout.max_new_tokens": "rollout.max_token",
+    "Training.eps": "training.eps",
+}
+
+
+@pytest.mark.parametrize("wrong", SUGGESTED)
+def test_suggested_names(load, wrong):
+    with pytest.raises(UserError, match=rf"^{wrong}: unknown setting .*\(did you mean {SUGGESTED[wrong]}\?\)$"):
+        load("rl", MINIMAL, f"{wrong}=1")
 
 
 def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
@@ -275,6 +342,86 @@ def test_sft_needs_tasks_to_stop_at_a_solve_rate(load):
         load("sft", MINIMAL, "dataset.eval_dataset=null", "training.stop_at_solve_rate=0.4")
     with pytest.raises(UserError, match="dataset.optimization_data: is missing, it is the data to finetune on"):
         load("sft", MINIMAL, "dataset.optimization_data=null")
+
+
+def test_a_solve_rate_to_stop_at_has_to_be_measured(load):
+    message = "training.stop_at_solve_rate: got 0.4, but evaluation.if_eval is false, so it is never measured: set if_eval to true"
+    with pytest.raises(UserError, match=message):
+        load("sft", MINIMAL, "training.stop_at_solve_rate=0.4", "evaluation.if_eval=false")
+
+
+def test_bfloat16_weights_are_trained_with_masters(load):
+    for job in ("rl", "sft"):
+        with pytest.raises(UserError, match="model.dtype: got bfloat16 with training.mixed_precision=no"):
+            load(job, MINIMAL, "model.dtype=bfloat16", "training.mixed_precision=no")
+    assert load("eval", MINIMAL, "model.dtype=bfloat16", "training.mixed_precision=no").model.dtype == "bfloat16", "nothing trains"
+    assert load("rl", MINIMAL, "model.dtype=float32").training.mixed_precision == "bf16", "its default asks for nothing"
+
+
+def test_masks_of_methods_that_draw_none(load):
+    for key in ("complementary_mask", "loss_weight_by_ratio"):
+        for method in ("TraceRL", "DiPO"):
+            message = f"training.{key}: got true, but method {method} draws no masks: choose random_masking"
+            with pytest.raises(UserError, match=message):
+                load("rl", MINIMAL, f"training.method={method}", f"training.{key}=true")
+        with pytest.raises(UserError, match=f"training.{key}: got true, but method trace draws no masks: choose semi-ar"):
+            load("sft", MINIMAL, "training.method=trace", f"training.{key}=true")
+        assert getattr(load("rl", MINIMAL, "training.method=random_masking", f"training.{key}=true").training, key)
+
+
+IN_RL = ["dataset.validation_data=v", "training.max_steps=9", "training.batch_size=8", "training.stop_at_solve_rate=0.5"]
+OF_A_VALUE_MODEL = ["experiment.train_value_every=2", "training.gam=0.9", "training.lam=0.9"]
+OF_AN_ADAPTER = ["training.lora.alpha=8", "training.lora.dropout=0.1", "training.lora.save_merged=true"]
+
+
+@pytest.mark.parametrize(
+    "job, given, where",
+    [
+        ("rl", IN_RL, "in RL"),
+        ("rl", OF_A_VALUE_MODEL, "without a value model"),
+        ("rl", ["optimizer.params.value_learning_rate=1e-3"], "without a value model"),
+        ("rl", OF_AN_ADAPTER, "without training.lora.rank"),
+        ("sft", OF_AN_ADAPTER, "without training.lora.rank"),
+        ("sft", ["lr_scheduler.params.min_lr_scale=0.1"], "with a constant schedule"),
+        ("eval", ["evaluation.start_with_think=true"], "where prompts are no chat, as of this data type"),
+        ("rl", ["rollout.start_with_think=true"], "where prompts are no chat, as of this data type"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else value,
+)
+def test_settings_without_a_use_in_this_job_are_said(load, capsys, job, given, where):
+    schedule = "lr_scheduler.scheduler=constant"
+    load(job, MINIMAL, *given, schedule, "dataset.data_type=exact")
+    keys = [one.partition("=")[0] for one in given]
+    if keys == ["rollout.start_with_think"]:
+        keys.append("evaluation.start_with_think")  # which follows it
+    (line,) = capsys.readouterr().err.splitlines()
+    told, _, listed = line.partition(": settings that have no use ")
+    assert told == "warning" and listed.startswith(f"{where}: ") and sorted(listed.partition(": ")[2].split(", ")) == sorted(keys)
+
+
+def test_settings_with_a_use_are_not_said(load, capsys):
+    load("sft", MINIMAL, *IN_RL, "dataset.eval_dataset=b")
+    load("rl", MINIMAL, *OF_A_VALUE_MODEL, "model.value_base_model=x", "optimizer.params.value_learning_rate=1e-3")
+    load("sft", MINIMAL, *OF_AN_ADAPTER, "training.lora.rank=4", "lr_scheduler.params.min_lr_scale=0.1")
+    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true")
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_files_have_no_setting_without_use(path, capsys):
+    load_config(job_of(path), [f"config={path}"])
+    assert "no use" not in capsys.readouterr().err
+
+
+def test_a_warm_up_longer_than_the_run(load, capsys):
+    settings = ["experiment.total_step=20", "training.num_updates_per_step=2"]
+    load("rl", MINIMAL, *settings, "lr_scheduler.params.warmup_steps=40")
+    assert capsys.readouterr().err == ""
+    load("rl", MINIMAL, *settings, "lr_scheduler.params.warmup_steps=41")
+    said = "lr_scheduler.params.warmup_steps=41: the run has 40 optimizer steps, so the learning rate never reaches its peak"
+    assert capsys.readouterr().err == f"warning: {said}\n"
+    load("rl", MINIMAL, "experiment.total_step=20", "lr_scheduler.params.warmup_steps=41")
+    assert capsys.readouterr().err == "", "how many updates a step has is not known before its rollouts"
 
 
 @pytest.mark.parametrize("change", ["model.value_base_model=x", "model.value_shared=true"])
@@ -310,6 +457,45 @@ def test_settings_without_a_use_are_said(load, capsys):
     assert "rollout.tensor_parallel_size (every process" in told and "evaluation.output_unmasking_history (step maps are" in told
     load("rl", MINIMAL, "evaluation.output_unmasking_history=true")
     assert not capsys.readouterr().err
+
+
+IMAGES = {
+    "model.vq_model_path": "/m",
+    "model.image_resolution": 256,
+    "dataset.image_root": "/i",
+    "dataset.add_think_prompt": True,
+    "reward.answer_must_in_box": True,
+    "reward.strict_len_check": True,
+}
+
+
+def test_settings_for_images_are_said_to_have_no_use(load, capsys):
+    load("eval", MINIMAL, *(f"{key}={value}" for key, value in IMAGES.items()), "rollout.tensor_parallel_size=2")
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: settings on the command line that have no use here: rollout.tensor_parallel_size")
+    assert [f"{key} (images are not supported yet)" in line for key in IMAGES] == [True] * 6
+    defaults = {key: flatten(dataclasses.asdict(Config()))[key] for key in IMAGES}
+    load("eval", MINIMAL, *(f"{key}={'null' if value is None else value}" for key, value in defaults.items()))
+    assert capsys.readouterr().err == "", "defaults ask for nothing"
+
+
+def test_a_name_that_is_lacking_may_be_registered():
+    registry = Registry("thing")
+    registry.register("one", 1)
+    registry.lacks("two", "not yet")
+    with pytest.raises(UserError, match="^here: thing 'two' is not supported: not yet; choices: one$"):
+        registry.get("two", "here")
+    registry.register("two", 2)
+    assert registry.get("two") == 2
+
+
+def test_closest_names():
+    files = ["1_zero2", "1_zero3", "2_zero3", "2_zero3_offload"]
+    assert closest("zero3", files, 3) == ["1_zero3", "2_zero3", "2_zero3_offload"], "those that hold it"
+    assert closest("tracerl", ["trace", "TraceRL", "coupled"], 1) == ["TraceRL"], "the same but for upper and lower case"
+    assert closest("TraceRL", ["tracerl", "tracer"], 2) == ["tracerl", "tracer"]
+    assert closest("cuopled", ["trace", "TraceRL", "coupled"], 1) == ["coupled"], "a similar one"
+    assert closest("xyz", files, 3) == []
 
 
 def test_responses_cut_by_training_are_warned_of(load, capsys):
@@ -359,7 +545,7 @@ def test_every_field_is_documented_and_helped():
     assert all(f"  {key}: " in text for key in setting_types()) and max(map(len, text.splitlines())) <= 132
     assert "  training.eps: float = 0.2\n      Ratios of probabilities are clipped to 1 - eps .. 1 + eps." in text
     assert "  reward.keep_solve_rate: list[float] = [0.2, 0.8]" in text and "  evaluation.top_k: list[int] = as rollout" in text
-    assert "python eval.py config=" in help_text("eval") and "train/sft_trado.py config=" in help_text("sft")
+    assert "python eval.py config=" in help_text("eval") and "train/sft_sdar.py config=" in help_text("sft")
 
 
 def test_every_type_can_be_said():
@@ -384,7 +570,33 @@ def test_a_mistake_is_one_line_and_exit_code_2():
     assert result.returncode == 0 and result.stderr == "" and "total_step: 320" in result.stdout
 
 
-def test_torch_is_not_imported():
-    code = "import sys\nfrom configs.load import load_config\nload_config('rl')\nassert 'torch' not in sys.modules"
-    result = run(code, "config=configs/rl_tiny.yaml")
+MISTAKES_OF_EVERY_KIND = [
+    "training.epss=1",
+    "training.eps=x",
+    "training.eps=-1",
+    "dataset.data_type=exakt",
+    "training.method=tracerl",
+    "evaluation.denoising_steps_per_block=9",
+    "dataset.eval_dataset=nowhere",
+]
+
+
+@pytest.mark.parametrize("script, file", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])
+def test_torch_is_not_imported(script, file, tmp_path):
+    """By a config that is right, nor by any mistake in it or in the data that it names."""
+    job = job_of(Path(file))
+    code = f"import sys\nfrom configs.load import load_config\nload_config({job!r})\nassert 'torch' not in sys.modules"
+    result = run(code, f"config=configs/{file}.yaml")
     assert result.returncode == 0, result.stderr
+    code = (
+        "import runpy, sys\nmistakes = sys.argv[3:]\nfor mistake in mistakes:\n"
+        f"    sys.argv = [{script!r}, *sys.argv[1:3], mistake]\n"
+        f"    try:\n        runpy.run_path({script!r}, run_name='__main__')\n"
+        "    except SystemExit as end:\n        assert end.code == 2, mistake\n"
+        "    else:\n        raise AssertionError(mistake)\n"
+        "    assert 'torch' not in sys.modules, mistake\n"
+    )
+    mistakes = [one for one in MISTAKES_OF_EVERY_KIND if job != "eval" or "method" not in one]
+    result = run(code, f"config=configs/{file}.yaml", f"experiment.project={tmp_path}/run", *mistakes)
+    assert result.returncode == 0, result.stderr
+    assert len(result.stderr.splitlines()) == len(mistakes)

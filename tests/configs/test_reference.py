@@ -68,7 +68,7 @@ def test_rl_block(load, capsys):
     assert capsys.readouterr().err == "", "and only once"
 
 
-def test_rl_full_attention_with_value_model(load):
+def test_rl_full_attention_with_value_model(load, capsys):
     config = load("rl", RL_FULL_WITH_VALUE)
     assert config.rollout.max_token == config.rollout.max_response_length == config.rollout.steps == 256
     assert config.evaluation.block_size == [32, 64] and config.evaluation.top_k == [40]
@@ -78,6 +78,10 @@ def test_rl_full_attention_with_value_model(load):
     assert config.optimizer.params.policy_learning_rate == 1e-6 and config.optimizer.params.value_learning_rate == 5e-6
     assert config.system.HTTP_PROXY == "http://proxy:3128" and config.experiment.num_node == 2
     assert config.rollout.reward_model.k_sample == 3
+    line, *_ = capsys.readouterr().err.splitlines()
+    keys = ["model.vq_model_path", "dataset.image_root", "dataset.add_think_prompt", "reward.answer_must_in_box"]
+    assert all(f"{key} (images are not supported yet)" in line for key in keys) and "rollout.batch_size" in line
+    assert "strict_len_check" not in line and "image_resolution" not in line, "as they are by default"
 
 
 def test_rl_full_attention(load, capsys):
@@ -188,7 +192,7 @@ def test_the_default_of_a_script_is_an_argument_of_its_job(tmp_path):
     assert with_default("sft", ["--help"], "model.model_base", "dream") == ["--help"]
 
 
-def test_eval_with_the_model_at_the_top(load):
+def test_eval_with_the_model_at_the_top(load, capsys):
     config = load("eval", EVAL)
     assert config.model.pretrained_model == "/models/TraDo-8B-Instruct" and config.model.model_base == "trado"
     assert (
@@ -196,6 +200,8 @@ def test_eval_with_the_model_at_the_top(load):
         and config.model.vq_model_path == "/models/magvitv2"
         and config.model.image_resolution == 256
     )
+    (line,) = capsys.readouterr().err.splitlines()
+    assert [f"{key} (images" in line for key in ["vq_model_path", "image_resolution", "answer_must_in_box"]] == [True] * 3
     evaluation = config.evaluation  # eval files of the reference say rollout
     assert evaluation.remasking_strategy == ["low_confidence_static", "low_confidence_dynamic"]
     assert (evaluation.top_k, evaluation.block_size, evaluation.num_response_per_task) == ([50], [4], 3)

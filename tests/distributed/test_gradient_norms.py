@@ -17,7 +17,7 @@ STAGES = {
     "ddp": [],
     **{f"zero{stage}": [f"{ZERO}{stage}"] for stage in (1, 2, 3)},
     "zero2, optimizer offloaded": [f"{ZERO}2_offload"],
-    **{f"zero{stage}, bfloat16": [f"{ZERO}{stage}", "model.dtype=bfloat16"] for stage in (1, 2, 3)},
+    **{f"zero{stage}, bfloat16": [f"{ZERO}{stage}", "training.mixed_precision=bf16"] for stage in (1, 2, 3)},
 }
 MODELS = {
     "with a critic": ["model.value_base_model=tiny-random"],

@@ -19,7 +19,7 @@ from tests.distributed.test_training import REWARD, RL_SETTINGS
 from tests.train.steps import forget_accelerator
 
 ZERO = "experiment.deepspeed_file=1_node_{}_gpus_deepspeed_zero{}"
-BFLOAT16 = "model.dtype=bfloat16"
+BFLOAT16 = "training.mixed_precision=bf16"
 # Some prompts are too long: others take their places.
 ROUNDS = ["rollout.resample=true", "rollout.resample_max_rounds=2", "training.max_prompt_len=7"]
 ALONE = {

@@ -187,7 +187,7 @@ def runs_of_two_ranks(folder) -> list[dict[str, dict[str, Any]]]:
     runs = {name: {"argv": command_line(folder, name, *overrides)} for name, overrides in MODES.items()}
     runs["ddp"]["argv"] += ["rollout.deterministic=false", "evaluation.deterministic=false"]  # shared queue
     for name in BFLOAT16:
-        runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "model.dtype=bfloat16")}
+        runs[f"{name} bfloat16"] = {"argv": command_line(folder, f"{name} bfloat16", *MODES[name], "training.mixed_precision=bf16")}
     for family in ("dream", "llada"):
         runs[f"{family} ddp"] = {"argv": command_line(folder, f"{family} ddp", f"model.model_base={family}")}
     runs["zero3 broken off"] = {"argv": command_line(folder, "zero3 broken off", *MODES["zero3"]), "broken_off_after": 2}

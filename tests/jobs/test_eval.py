@@ -77,7 +77,8 @@ def test_two_processes_find_the_same(evaluated: tuple[Path, Any], server: ForkSe
 
 def test_both_engines_find_the_same(evaluated: tuple[Path, Any], server: ForkServer, settings: Any, tmp_path: Path):
     """On a CPU the paged engine runs the references of its kernels."""
-    job = server.run("eval.py", settings("eval", tmp_path / "run", {"rollout.engine": "triton"}))
+    plugin = {"experiment.plugins": f"[{Path(__file__).with_name('kernel_references.py')}]"}
+    job = server.run("eval.py", settings("eval", tmp_path / "run", {"rollout.engine": "triton", **plugin}))
     assert job.code == 0, job.err
     for name in DECODINGS:
         file = Path("results") / f"test.{name}.jsonl"

@@ -11,6 +11,7 @@ from typing import Callable, Iterator
 
 import pytest
 
+from common.nodes_hub import LATE_SECONDS
 from tests.distributed.harness import ROOT
 from tests.multinode.harness import SMALL_SETTINGS, Machine, environment_of, on_loopback, small_job
 
@@ -228,6 +229,27 @@ def test_a_mistake_on_one_machine_is_told_on_machine_0(start, tmp_path):
     machines = start(RUN, "config=own.yaml", "dataset.train_dataset=tiny_sort_train", "dataset.eval_dataset=tiny_sort_test")
     finish(machines)
     assert "error: machine 1 (" in machines[0].lines[-1] and "config=own.yaml: no such file" in machines[0].lines[-1]
+
+
+MISTAKE = "error: training.epss: unknown setting on the command line (did you mean training.eps?)"
+
+
+def test_a_mistake_in_the_config_is_said_before_places_are_asked_for(start, tmp_path):
+    machine = Machine(tmp_path / "alone", [small_job(tmp_path, RUN), *SMALL_SETTINGS, "training.epss=1"], {})
+    assert finish([machine]) == [2] and machine.lines == [MISTAKE]
+
+
+def test_machine_0_does_not_wait_to_tell_others_of_a_mistake_in_the_config(start):
+    began = time.monotonic()
+    (machine,) = start(RUN, "training.epss=1", number=1, environment=[{"NNODES": "2"}])
+    assert finish([machine]) == [2] and machine.lines == [MISTAKE]
+    assert time.monotonic() - began < LATE_SECONDS
+
+
+def test_a_mistake_in_the_config_is_one_line_on_every_machine(start):
+    machines = start(RUN, "training.epss=1")
+    assert finish(machines) == [2, 2]
+    assert machines[0].lines == machines[1].lines == [MISTAKE]
 
 
 def test_a_machine_that_does_not_come(start):

@@ -27,7 +27,7 @@ from tests.distributed.harness import ROOT, clean_environment
 from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
 from train import loop, memory_engine, memory_estimate, memory_items, memory_setup, run
-from train.memory_estimate import check_fits, setup_of
+from train.memory_estimate import check_fits, main, read_shape, setup_of
 from train.memory_items import GIB, MARGIN, choose_recomputed, estimate, states, total_bytes, update_bytes
 from train.memory_setup import Setup, num_parameters
 
@@ -518,6 +518,39 @@ def test_a_start_on_a_gpu_says_the_table_and_refuses(capsys):
     config.experiment.check_memory = False
     run.Run.check_memory(job, model, samples=True)
     assert job.setup.num_recomputed == 36
+
+
+def test_the_hub_is_asked_once(monkeypatch, tmp_path):
+    """Without a network a download would try for half a minute and say so in eleven lines."""
+    import huggingface_hub
+
+    asked = []
+
+    def no_network(url: str) -> None:
+        asked.append(url)
+        raise OSError("no route to host\nand more")
+
+    def download(name: str, file: str, local_files_only: bool = False) -> str:
+        assert local_files_only, "nothing is fetched where the hub does not answer"
+        if not (tmp_path / file).is_file():
+            raise OSError("not in the cache")
+        return str(tmp_path / file)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", no_network)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    message = r"^a/b: no config.json to be had \(no route to host\): give one as model=path/to/config.json$"
+    with pytest.raises(UserError, match=message):
+        read_shape("a/b", SDAR)
+    assert asked == ["https://huggingface.co/a/b/resolve/main/config.json"]
+    (tmp_path / "config.json").write_text(json.dumps(SDAR.config_json(EIGHT_B)))
+    assert read_shape("a/b", SDAR) == EIGHT_B, "the cache has it"
+
+
+def test_the_command_explains_itself(capsys):
+    main(["config=configs/rl_sdar.yaml", "--help"])
+    said = capsys.readouterr().out
+    assert all(f"\n  {word}" in said for word in ["config=FILE", "gpus=1", "gpu_gib=80", "job=rl", "model=PATH"])
+    assert "training.eps" not in said
 
 
 def test_the_command(tmp_path):

@@ -215,3 +215,34 @@ def test_several_updates_hold_to_the_log_probs_before_the_first(accelerator):
     assert metrics["train/num_predictions"] == sum(r.num_response for r in rollouts)
     # Now the weights are others than those that sampled.
     assert update(rollouts, step=2)["gap/logprob_max"] > 1e-3
+
+
+def test_a_budget_far_below_a_document_is_warned_of_once(accelerator, capsys):
+    """A prompt and a response of two blocks each, a step per token: 8 slices of 4 tokens behind 12 clean ones are 44 tokens. Alone,
+    each slice of the third block stands behind 8 of them and each of the fourth behind 12: 4 * 12 + 4 * 16 = 112."""
+    model, steps = tiny_model(3), [1, 2, 3, 4] * 2
+    rollout = ScoredRollout(
+        task_id="a",
+        sample=0,
+        prompt_ids=[5] * 8,
+        response_ids=[6] * 8,
+        step_map=steps,
+        logprobs=[-1.0] * 8,
+        entropy=[1.0] * 8,
+        num_response=8,
+        finish="length",
+        num_forwards=8,
+        weights_version=0,
+        block_size=BLOCK_SIZE,
+        advantage=1.0,
+    )
+    said = "warning: training.max_tokens_per_microbatch={}: the longest document has 44 tokens and is cut into 8 parts that repeat"
+    for budget, warned in [(4, 1), (40, 0)]:
+        config = rl_config(f"training.max_tokens_per_microbatch={budget}", "rollout.max_token=8")
+        update = PolicyUpdate(policy_trainer(model, config, accelerator, 1.0), config, model.fill_id)
+        capsys.readouterr()
+        for step in (1, 2):
+            update([rollout], step=step)
+        lines = capsys.readouterr().err.splitlines()
+        assert len(lines) == warned
+        assert all(line.startswith(f"{said.format(budget)} its text, 2.5 times its cost") for line in lines)
