@@ -26,10 +26,11 @@ import torch
 
 from benchmarks.shapes import SHAPES, family_of, mask_id_of, matmul_parameters, random_decoder
 from benchmarks.train_step import PEAK_FLOPS, measure, update_packs
+from train.documents import Document, number
 from train.layout import Layout
 from train.loop import attended_length, pack_multiple
 from train.objectives import token_weights
-from train.packing import Document, assign, build_pack, number
+from train.packing import assign, build_pack
 from train.policy import Policy
 from train.traces import Response
 

@@ -28,11 +28,12 @@ from benchmarks.shapes import MASK_ID, MASK_IDS, SHAPES, matmul_parameters, rand
 from models.attention import attention_backend
 from models.decoder import Decoder
 from models.family import DecoderConfig
+from train.documents import Document, build_document, number
 from train.loop import pack_multiple
 from train.methods.semi_ar import semi_ar_slices
 from train.methods.tracerl import trace_slices
 from train.objectives import token_weights
-from train.packing import Document, Pack, assign, build_document, build_pack, number
+from train.packing import Pack, assign, build_pack
 from train.policy import Policy
 from train.traces import Response
 

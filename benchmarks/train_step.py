@@ -34,11 +34,12 @@ from models.attention import attention_backend, tile_pairs
 from models.decoder import Decoder
 from models.family import DecoderConfig
 from models.kernels.launch import fused_kernels, set_fused
+from train.documents import Document, build_document, number
 from train.logprobs import chunked_logprobs
 from train.loop import attended_length, pack_multiple
 from train.methods.tracerl import trace_slices
 from train.objectives import OBJECTIVES, ObjectiveInput, token_weights
-from train.packing import Document, Pack, assign, build_document, build_pack, number
+from train.packing import Pack, assign, build_pack
 from train.policy import Policy
 from train.traces import Response
 

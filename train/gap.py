@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from common.records import ScoredRollout
+from train.documents import draw_rows, number
 from train.layout import Layout
 from train.objectives import Measures, kl_estimate
-from train.packing import draw_rows, number
 
 ROWS = 8
 """Of a response at most, drawn anew in every step: a row of a canvas costs all of its tokens."""

@@ -15,8 +15,8 @@ from typing import Any, Literal
 import numpy as np
 
 from common.errors import warn
+from train.documents import Document, build_document, split_long
 from train.methods import METHODS, Method
-from train.packing import Document, build_document, split_long
 from train.traces import TRACES, Grid, Response, lay_out, sampled_response
 
 

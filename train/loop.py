@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from common import dist
 from models.checkpoint import Pretrained
 from models.row_length import TILE
+from train.documents import Document
 from train.gap import gap_measures
 from train.gradient_norms import GradientNorms
 from train.layout import Layout
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput
 from train.offload import HostCopy
 from train.optim import build_optimizer, learning_rate
-from train.packing import Document, Pack, assign, build_pack
+from train.packing import Pack, assign, build_pack
 
 
 def pack_multiple(device: torch.device) -> int:

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from train.packing import Predictions
+from train.documents import Predictions
 from train.registry import OBJECTIVES  # noqa: F401  (plugins register theirs by this name)
 
 CLAMP = 10.0

@@ -11,11 +11,11 @@ import numpy as np
 from common.errors import UserError
 from common.records import ScoredRollout
 from models.checkpoint import Pretrained
+from train.documents import Document, Predictions, draw_rows, number, rows_of_any, split_rows
 from train.gap import SampledGap
 from train.layout import warn_of_repeats
 from train.loop import Tables, Trainer, merge_results
 from train.objectives import OBJECTIVES, kl_weights, token_weights
-from train.packing import Document, Predictions, draw_rows, number, rows_of_any, split_rows
 from train.policy import Policy, build_policy
 from train.shared_value import SharedValueUpdate
 from train.traces import Response

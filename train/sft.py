@@ -157,8 +157,8 @@ class SFTRun:
 
     def update(self, step: int) -> None:
         """One optimizer step. All that is random in it is a function of seed and step, so a resumed run repeats it."""
+        from train.documents import number
         from train.loop import Tables, merge_results
-        from train.packing import number
         from train.validation import build_documents, drawn_and_weighted
 
         with self.run.phase("update"):

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from common.records import ScoredRollout
 from models.value import VALUE_HEAD, VALUE_HEAD_FILE
+from train.documents import Document, Predictions
 from train.loop import Columns, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveInput, ObjectiveOutput
-from train.packing import Document, Predictions
 from train.traces import Response
 from train.value import ValueInput, ValueTables, clipped_value, returns_and_advantages
 

@@ -7,10 +7,10 @@ import math
 import numpy as np
 
 from common.errors import UserError
+from train.documents import Document, Predictions, draw_rows, number
 from train.layout import Layout
 from train.loop import Trainer
 from train.objectives import token_weights
-from train.packing import Document, Predictions, draw_rows, number
 from train.traces import Response
 
 VALIDATION = 1

@@ -19,10 +19,11 @@ from common.state import load_state, save_state
 from models.attention import attention_backend
 from models.lora import prepare_for_training
 from models.value import ValueModel, load_value_model, save_value_model
+from train.documents import Document, Predictions
 from train.layout import Layout
 from train.loop import Columns, StepResult, Tables, Trainer
 from train.objectives import Measures, Objective, ObjectiveOutput
-from train.packing import Document, Pack, Predictions
+from train.packing import Pack
 from train.returns import outcome_rewards, response_times, step_returns
 from train.traces import Response
 

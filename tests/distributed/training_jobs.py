@@ -11,8 +11,9 @@ from common import dist
 from common.records import ScoredRollout
 from models.checkpoint import load_pretrained
 from tests.train.steps import forget_accelerator, kept_gradients, requests_of_every_remainder, rl_config, sample, tiny_model
+from train.documents import number
 from train.engine_weights import EngineWeights
-from train.packing import Pack, number
+from train.packing import Pack
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
 

@@ -23,10 +23,11 @@ from torch import Tensor
 
 from models.checkpoint import Pretrained, load_pretrained, piece_view
 from tests.golden.result import SetResult
+from train.documents import Document, build_document, number
 from train.layout import Layout
 from train.methods import METHODS
 from train.objectives import CLAMP, OBJECTIVES, ObjectiveInput, kl_weights, token_weights
-from train.packing import Document, build_document, build_pack, number
+from train.packing import build_pack
 from train.policy import Policy
 from train.traces import Response, Trace, limit_pads
 

@@ -13,7 +13,8 @@ from models.checkpoint import piece_view
 from models.value import VALUE_HEAD, ValueModel, load_value_model
 from tests.golden.objective import GRADIENT, LOSS, Case, select_row, slices_of
 from tests.golden.result import SetResult
-from train.packing import Document, build_pack, number
+from train.documents import Document, number
+from train.packing import build_pack
 from train.returns import outcome_rewards, response_times, step_returns
 from train.traces import lay_out
 from train.value import value_loss

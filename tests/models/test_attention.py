@@ -31,7 +31,8 @@ from models.kernels.launch import fused_kernels
 from models.registry import FAMILIES
 from models.tiny import build_tiny
 from tests.train.test_packing import canvas_documents, documents_of_groups, random_documents
-from train.packing import build_pack, number
+from train.documents import number
+from train.packing import build_pack
 from train.policy import Policy
 
 needs_gpu = pytest.mark.skipif(

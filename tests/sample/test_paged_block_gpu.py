@@ -27,8 +27,9 @@ from sample.paged_block import PagedBlockEngine
 from sample.pages import pages_of
 from tests.golden import sdar
 from tests.sample.reference import MASK, STOPS, block_logits, random_decoder
+from train.documents import number
 from train.layout import Layout
-from train.packing import build_pack, number
+from train.packing import build_pack
 from train.policy import Policy
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")

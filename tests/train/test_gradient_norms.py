@@ -18,10 +18,11 @@ from models.checkpoint import save_pretrained
 from models.lora import prepare_for_training
 from models.value import VALUE_HEAD
 from tests.train.steps import requests_of_every_remainder, rl_config, sample, scored, tiny_model
+from train.documents import number
 from train.gradient_norms import row_norms
 from train.loop import Tables
 from train.objectives import OBJECTIVES
-from train.packing import build_pack, number
+from train.packing import build_pack
 from train.policy import build_policy, policy_trainer
 from train.rl import PolicyUpdate
 from train.shared_value import SharedValueUpdate

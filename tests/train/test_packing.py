@@ -12,10 +12,11 @@ import torch
 from models.attention import TokenIds, attention_backend, dense_mask, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
+from train.documents import Predictions, build_document, number, split_long, split_rows
 from train.layout import Layout
 from train.methods.tracerl import trace_slices
 from train.objectives import kl_weights, token_weights
-from train.packing import Predictions, assign, build_document, build_pack, fill, number, slowest, split_long, split_rows
+from train.packing import assign, build_pack, fill, slowest
 from train.policy import Policy
 from train.traces import Response
 

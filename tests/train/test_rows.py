@@ -20,7 +20,7 @@ from tests.train.steps import (
     scored,
     tiny_model,
 )
-from train.packing import draw_rows, number, rows_of_any, split_rows
+from train.documents import draw_rows, number, rows_of_any, split_rows
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate, trace_generator
 

@@ -15,11 +15,11 @@ from common.errors import UserError
 from data.sft import SFTRecord
 from models.attention import masked_attention
 from tests.train.steps import error, forget_accelerator, kept_gradients, tiny_model, weights
+from train.documents import number
 from train.layout import Layout
 from train.loop import Tables
 from train.methods.semi_ar import semi_ar_slices
 from train.objectives import likelihood, token_weights
-from train.packing import number
 from train.policy import policy_trainer
 from train.sft_data import as_response, as_training, build_responses, fingerprint, warn_of_cuts, warn_of_end
 from train.traces import Response

@@ -12,9 +12,9 @@ from data.sft import SFTRecord
 from models.attention import masked_attention
 from tests.train.steps import FULL_ATTENTION, error, forget_accelerator, kept_gradients, tiny_model
 from tests.train.test_sft import layout_of, long_responses, sft_config
+from train.documents import number
 from train.loop import Tables
 from train.objectives import likelihood, token_weights
-from train.packing import number
 from train.policy import policy_trainer
 from train.sft_data import as_response, as_training
 from train.validation import Validation, build_documents

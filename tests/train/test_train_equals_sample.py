@@ -27,8 +27,9 @@ from tests.train.steps import (
 )
 from tests.train.test_rl import TEMPERATURE, forward
 from train import gap
+from train.documents import number
 from train.layout import Layout
-from train.packing import build_pack, number
+from train.packing import build_pack
 from train.policy import Policy, policy_trainer
 from train.rl import PolicyUpdate, gather_tokens
 

@@ -21,9 +21,9 @@ from tests.train.steps import (
     scored,
     tiny_model,
 )
+from train.documents import Predictions, number
 from train.layout import Layout
 from train.offload import RolloutOffload
-from train.packing import Predictions, number
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate
 from train.run import Run
