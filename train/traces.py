@@ -1,8 +1,8 @@
 """From a response to its slices: what is masked, and which tokens each slice trains.
 
 A slice is one block as the model saw it at one step. A trace method (a file in train/methods) is a function of one response that
-says, for every slice, which block it is, which tokens are hidden and which are predicted; train/documents.py and train/packing.py do
-the rest. For full-attention families prompt and response are one block (train/layout.py), so a slice is the whole canvas at one
+says, for every slice, which block it is, which tokens are hidden and which are predicted; train/documents.py and train/packing.py
+do the rest. For full-attention families prompt and response are one block (train/layout.py), so a slice is the whole canvas at one
 step. Nothing here imports torch.
 
 Shapes: S slices, B block size, W = number of blocks that hold a response token.
