@@ -108,8 +108,11 @@ def _check_config(job: str, argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(UserError):  # no such place, nobody there
             place = find_place()
-            if place.index:  # the mistake may be in this machine's file alone, and machine 0 would wait for it
-                Spoke(place, only_leaves=True).leave(2, f"error: {error}")
+            # The mistake may be in this machine's file alone, and the others would wait for it. (Those that machine 0 starts by
+            # itself do not come.)
+            if place.number > 1 and (place.index or not place.hosts):
+                link = Spoke(place, only_leaves=True) if place.index else Hub(place)
+                link.leave(2, f"error: {error}")
         sys.exit(2)
 
 

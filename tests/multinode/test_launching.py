@@ -239,11 +239,15 @@ def test_a_mistake_in_the_config_is_said_before_places_are_asked_for(start, tmp_
     assert finish([machine]) == [2] and machine.lines == [MISTAKE]
 
 
-def test_machine_0_does_not_wait_to_tell_others_of_a_mistake_in_the_config(start):
+def test_a_mistake_on_machine_0_alone_is_told_to_the_others(start, tmp_path):
+    config = tmp_path / "machine_1" / "own.yaml"
+    config.parent.mkdir()
+    config.write_text("experiment: {project: run}\nmodel: {pretrained_model: tiny-random, model_base: sdar}\n")
     began = time.monotonic()
-    (machine,) = start(RUN, "training.epss=1", number=1, environment=[{"NNODES": "2"}])
-    assert finish([machine]) == [2] and machine.lines == [MISTAKE]
-    assert time.monotonic() - began < LATE_SECONDS
+    machines = start(RUN, "config=own.yaml", "dataset.train_dataset=tiny_sort_train", "dataset.eval_dataset=tiny_sort_test")
+    assert finish(machines) == [2, 2] and len(machines[0].lines) == 1
+    assert machines[0].lines[-1] == machines[1].lines[-1] and "config=own.yaml: no such file" in machines[1].lines[-1]
+    assert time.monotonic() - began < LATE_SECONDS, "nobody waits for anything else"
 
 
 def test_a_mistake_in_the_config_is_one_line_on_every_machine(start):
