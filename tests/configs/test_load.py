@@ -229,7 +229,7 @@ MISTAKES = [
         ["model.model_base=lladav"],
         "model.model_base: model family 'lladav' is not supported: images are not supported yet; choices: dream, llada,",
     ),
-    (["dataset.data_type=mmu"], "dataset.data_type: reward 'mmu' is not supported: images are not supported yet; choices: code,"),
+    (["dataset.data_type=mmu"], "dataset.data_type: reward 'mmu' is not supported: images are not supported yet; choices: "),
     (["dataset.data_type=maths"], "(did you mean math?)"),
     (["training.method=trace_rl"], "(did you mean TraceRL?)"),
     (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),

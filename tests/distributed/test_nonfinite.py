@@ -89,7 +89,7 @@ RUN = [
     "optimizer.params.epsilon=1e-3",  # else AdamW would blow up rounding, see test_training
 ]
 ZERO = {stage: f"experiment.deepspeed_file=1_node_2_gpus_deepspeed_zero{stage}" for stage in (2, 3)}
-OF_TWO = {"ddp": [], "zero2": [ZERO[2]], "zero2 bfloat16": [ZERO[2], "model.dtype=bfloat16"]}
+OF_TWO = {"ddp": [], "zero2": [ZERO[2]], "zero2 bfloat16": [ZERO[2], "training.mixed_precision=bf16"]}
 WEIGHTS = {"ddp weight": [], "zero3 weight": [ZERO[3]]}
 REWARD = """
 def remainder(task, text, rollout):
