@@ -140,9 +140,7 @@ OF_THE_REFERENCE = ["random_masking", "coupled"]
 def test_other_ways_to_learn(method: str, family: str, train: Train, rate_before: Any):
     _, rows = train(family, METHODS[method])
     check_rise(rows, rate_before(family))
-    if method in ("random_masking", "coupled"):
-        assert all("gap/logprob_max" not in row for row in rows), "sampling saw other slices: there is nothing to compare with"
-    elif method.endswith("cache"):
+    if method.endswith("cache"):
         gap = max(row["gap/logprob_max"] for row in rows)
         print(f"{family}, {method}: log-probs of engine and trainer up to {gap:.2f} apart")
         assert gap > 0.01, "keys of an earlier forward"

@@ -95,7 +95,7 @@ def check_rise(rows: list[dict[str, Any]], before: float, least: float = LEAST_R
 def test_random_masking(train: Train, rate_before: float):
     _, rows = train("rl_tiny_random_masking")
     check_rise(rows, rate_before)
-    assert all("gap/logprob_max" not in row for row in rows), "sampling saw other slices: there is nothing to compare with"
+    assert max(row["gap/logprob_max"] for row in rows) < 1e-4, "along the sampled steps, which are not what is trained"
 
 
 def test_coupled(train: Train, rate_before: float):
