@@ -47,7 +47,9 @@ def test_precision_and_threads_are_set_as_in_training(monkeypatch):
     def read_nothing(*arguments, **options):
         raise InterruptedError
 
-    monkeypatch.setattr(dist, "make_accelerator", lambda config, trains: SimpleNamespace(device=torch.device("cpu")))
+    # Not the main process, which would write.
+    accelerator = SimpleNamespace(device=torch.device("cpu"), is_local_main_process=True, is_main_process=False, num_processes=1)
+    monkeypatch.setattr(dist, "make_accelerator", lambda config, trains: accelerator)
     monkeypatch.setattr(dist, "set_numerics", lambda config, device: called.append((config, device.type)))
     monkeypatch.setattr(checkpoint, "load_pretrained", read_nothing)
     config = load_config("eval", ["config=configs/tiny_eval.yaml"])

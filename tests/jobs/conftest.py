@@ -7,6 +7,7 @@ from typing import Any, Callable, Iterator
 import pytest
 
 from common.metrics import is_deterministic, read_metrics
+from common.run_lock import SUFFIX
 from tests.distributed.harness import ROOT
 from tests.jobs.fork_server import ForkServer
 
@@ -71,14 +72,14 @@ def settings(jobs_dir: Path) -> Callable[..., list[str]]:
 
 
 def listing(folder: Path) -> dict[str, tuple[int, int]]:
-    """Every file and directory below `folder`: what shows that nothing was written. Of directories their names alone: a lock that
-    comes and goes in one (common/run_lock.py) changes its time."""
+    """Every file and directory below `folder`, but locks (common/run_lock.py): what shows that nothing was written. Of directories
+    their names alone: a lock that comes and goes in one changes its time."""
 
     def times(path: Path) -> tuple[int, int]:
         stat = path.stat()
         return (-1, -1) if path.is_dir() else (stat.st_size, stat.st_mtime_ns)
 
-    return {str(path.relative_to(folder)): times(path) for path in sorted(folder.rglob("*"))}
+    return {str(path.relative_to(folder)): times(path) for path in sorted(folder.rglob("*")) if path.suffix != SUFFIX}
 
 
 def content(run: Path) -> dict[str, Any]:

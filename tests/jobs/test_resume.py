@@ -83,7 +83,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         },
     ),
 }
-SCRIPTS = {"rl": "rl.py", "sft": "train/sft_sdar.py"}
+SCRIPTS = {"rl": "rl.py", "sft": "train/sft.py"}
 
 Start = Callable[..., Any]
 
@@ -224,10 +224,10 @@ def test_a_finished_run_goes_on_to_more_steps(start: Start, tmp_path: Path):
 
 def test_nothing_is_left_to_do_by_other_settings(start: Start, tmp_path: Path):
     """The run is beyond, or at, the last step that they ask for: refused, and the first command still finds its run."""
-    project, two = tmp_path / "run", {"experiment.total_step": 2}
+    project, two = tmp_path / "run", {"experiment.total_step": 2, "lr_scheduler.params.warmup_steps": 0}
     assert start("every", project, **two).code == 0
     before = listing(project)
-    for changes, last in [({"experiment.total_step": 1}, 1), ({**two, "optimizer.params.learning_rate": 3e-3}, 2)]:
+    for changes, last in [({**two, "experiment.total_step": 1}, 1), ({**two, "optimizer.params.learning_rate": 3e-3}, 2)]:
         refused = start("every", project, **{**changes, "experiment.start_from_scratch": "false"})
         assert refused.code == 2 and len(refused.error_lines) == 1, refused.err
         assert f"{project}: the run is at step 2 already, and with these settings it ends with step {last}: ask" in refused.err
