@@ -223,6 +223,7 @@ class Step:
 
 def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: Path) -> None:
     """One point, in every rank; the main one writes it to `file`."""
+    from common import dist
     from models.kernels.launch import fused_is_on
 
     if arguments.device == "cpu":
@@ -236,24 +237,24 @@ def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: P
         if step.accelerator.is_main_process:  # of a call that is cut short, too
             phases = ", ".join(f"{name} {seconds:.2f}" for name, seconds in steps[-1]["seconds"].items())
             print(f"  step {n}: {phases} s, {steps[-1]['graphs']} graphs captured", file=sys.stderr, flush=True)
-    if not step.accelerator.is_main_process:
-        return
-    result = {
-        "shape": arguments.shape,
-        "layers": step.shape.num_layers,
-        "scaling": scaling,
-        "gpus": num_ranks,
-        "zero": arguments.zero if num_ranks > 1 else min(arguments.zero, 1),
-        "fused_kernels": fused_is_on(),
-        "recomputed_layers": step.decoder.recomputed_layers,
-        "responses": num_tasks * arguments.samples,
-        **summarize(steps[arguments.warm_up :]),
-        "start_seconds": start_seconds,  # model and optimizer, without imports
-        "seconds_of_steps": [s["seconds"]["step"] for s in steps],  # the warm-up first
-        "estimated_gib": step.estimate(),
-    }
-    device = torch.cuda.get_device_name() if step.accelerator.device.type == "cuda" else "CPU"
-    file.write_text(json.dumps({"device": device, "torch": torch.__version__, "result": result}))
+    if step.accelerator.is_main_process:
+        result = {
+            "shape": arguments.shape,
+            "layers": step.shape.num_layers,
+            "scaling": scaling,
+            "gpus": num_ranks,
+            "zero": arguments.zero if num_ranks > 1 else min(arguments.zero, 1),
+            "fused_kernels": fused_is_on(),
+            "recomputed_layers": step.decoder.recomputed_layers,
+            "responses": num_tasks * arguments.samples,
+            **summarize(steps[arguments.warm_up :]),
+            "start_seconds": start_seconds,  # model and optimizer, without imports
+            "seconds_of_steps": [s["seconds"]["step"] for s in steps],  # the warm-up first
+            "estimated_gib": step.estimate(),
+        }
+        device = torch.cuda.get_device_name() if step.accelerator.device.type == "cuda" else "CPU"
+        file.write_text(json.dumps({"device": device, "torch": torch.__version__, "result": result}))
+    dist.leave_together(step.accelerator)
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures
@@ -341,9 +342,6 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
         parser.error(f"--scaling: got {arguments.scaling}, meant is weak, strong or both")
     if arguments.point is not None:
         measure(arguments, int(os.environ["WORLD_SIZE"]), arguments.point[0], Path(arguments.point[1]))
-        if torch.distributed.is_initialized():  # together: gloo aborts a rank whose peer is gone while it ends
-            torch.distributed.barrier()
-            torch.distributed.destroy_process_group()
         return []
     joined = [json.loads(file.read_text()) for file in arguments.join]
     results, commands = [r for one in joined for r in one["results"]], [one["command"] for one in joined]

@@ -149,6 +149,13 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
+def leave_together(accelerator: Accelerator) -> None:
+    """Behind the last of a job that has ended well, on all ranks: now and then gloo also aborts a rank whose peer has left while it
+    was still at work."""
+    barrier(accelerator)
+    _leave_process_group()
+
+
 def _asked_for_cpu() -> bool:
     return os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("1", "true", "yes")
 

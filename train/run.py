@@ -301,3 +301,7 @@ class Run:
         if self.metrics is not None:
             self.metrics.close()
         self.directory.lock.release()
+
+    def leave(self) -> None:
+        """Behind all else, where the job has ended well."""
+        dist.leave_together(self.accelerator)

@@ -63,6 +63,7 @@ def main(argv: list[str] | None = None, link: Link | None = None, model_base: st
         sft.run.say_goodbye()
     finally:
         sft.close()
+    sft.run.leave()
 
 
 @dataclass
