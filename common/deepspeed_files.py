@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
-from common.registry import did_you_mean
+from common.registry import closest
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -58,8 +58,8 @@ def deepspeed_file_names() -> list[str]:
 def read_deepspeed_file(name: str) -> DeepSpeedFile:
     """The file called `name` in accelerate_configs/ (with or without .yaml), or at the path `name`.
 
-    Raises UserError where it does not exist (listing those that do), is not an accelerate file with a ZeRO stage of 1 to 3, or asks
-    for what there is not.
+    Raises UserError where it does not exist (with the closest that do), is not an accelerate file with a ZeRO stage of 1 to 3, or
+    asks for what there is not.
     """
     import yaml
 
@@ -67,9 +67,10 @@ def read_deepspeed_file(name: str) -> DeepSpeedFile:
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         names = deepspeed_file_names()
+        close = ", ".join(closest(name, names, 4) or names[:1])
         raise UserError(
-            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/{did_you_mean(name, names)}; "
-            f"there are: {', '.join(names)}"
+            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/, where there is {close}, and more: "
+            "NUMBER_node_NUMBER_gpus_deepspeed_zeroSTAGE"
         )
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))

@@ -9,9 +9,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Callable, Iterator
 
-from common import deepspeed_files
+from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError, warn_once
-from common.registry import Registry, closest
+from common.registry import Registry
 from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
 from configs.no_use import warn_of_settings_without_use
 from configs.schema import Config, get
@@ -123,15 +123,8 @@ def _check_experiment(config: Config) -> None:
         raise UserError(f"experiment.node_index: got {e.node_index}, must be below experiment.num_node, which is {e.num_node}")
     if e.deepspeed_file is None:
         return
-    folder, name = deepspeed_files.FOLDER, e.deepspeed_file
-    if not any(path.is_file() for path in (folder / f"{name}.yaml", folder / name, Path(name))):  # the reader would list all files
-        names = deepspeed_files.deepspeed_file_names()
-        close = ", ".join(closest(name, names, 4) or names[:1])
-        raise UserError(
-            f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/, where there is {close}, and more: "
-            "NUMBER_node_NUMBER_gpus_deepspeed_zeroSTAGE"
-        )
-    file = deepspeed_files.read_deepspeed_file(name)
+    name = e.deepspeed_file
+    file = read_deepspeed_file(name)
     machines = file.num_machines
     if machines != e.num_node:
         raise UserError(
