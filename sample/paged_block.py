@@ -35,7 +35,7 @@ from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.fused_forward import fused_forward
 from sample.kernels.item_attention import item_attention
 from sample.kernels.matmul import head_logits
-from sample.kernels.plan import make_plan
+from sample.kernels.plan import MOST_ITEMS, MOST_ROWS, make_plan
 from sample.kernels.prefill_attention import prefill_attention
 from sample.kernels.reveal import reveal_and_advance
 from sample.kernels.sampler import draw_rows, kernel_target
@@ -129,9 +129,8 @@ class PagedBlockEngine(Engine):
 
 
 def most_in_flight(block_size: int) -> int:
-    """Sequences of one step at most; what more there are wait in the queue. sample/kernels/plan.py counts items and rows in so many
-    bits of a number."""
-    most = min(2**11 - 1, (2**18 - 1) // block_size)
+    """Sequences of one step at most, as many as a plan holds; what more there are wait in the queue."""
+    most = min(MOST_ITEMS - 1, (MOST_ROWS - 1) // block_size)
     return next(n for n in range(most, 0, -1) if item_bucket(n) <= most)
 
 

@@ -11,6 +11,9 @@ from sample.kernels.noise import mix
 from sample.pages import PAGE
 from sample.slots import Plan, Slots
 
+MOST_ITEMS, MOST_ROWS = 2**11, 2**18
+"""A plan has fewer: the kernel keeps the commits among so many items, and the head rows among so many, in bits of one number."""
+
 
 def make_plan(slots: Slots, block_table: Tensor, plan: Plan) -> None:
     """Fill `plan` for the next forward of the slots in `plan.order`, within its capacities.
@@ -181,7 +184,7 @@ def plan_kernel(
 
 def make_plan_kernel(slots: Slots, block_table: Tensor, plan: Plan) -> None:
     n, size = plan.num_items, plan.block_size
-    assert block_table.stride(1) == 1 and slots.block_size == size and n < 2048 and n * size < 2**18
+    assert block_table.stride(1) == 1 and slots.block_size == size and n < MOST_ITEMS and n * size < MOST_ROWS
     state = (slots.active, slots.commit, slots.masked, slots.start, slots.forwards, slots.key, slots.tokens)
     made = (
         *(plan.row_tokens, plan.positions, plan.entries, plan.runs, plan.num_keys, plan.commit_of),
