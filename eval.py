@@ -81,7 +81,7 @@ def run(config: Any, tasks: list[Task]) -> None:
         lock.release()
         print(table(results))
         print(f"kept in {file}, responses beside it")
-    dist.leave_together(accelerator)
+    dist.end_together(accelerator)
 
 
 def results_name(config: Any) -> str:

@@ -48,7 +48,7 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
         rl.run.say_goodbye()
     finally:
         rl.close()
-    rl.run.leave()
+    rl.run.end_together()
 
 
 def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:

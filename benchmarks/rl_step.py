@@ -254,7 +254,7 @@ def measure(arguments: argparse.Namespace, num_ranks: int, scaling: str, file: P
         }
         device = torch.cuda.get_device_name() if step.accelerator.device.type == "cuda" else "CPU"
         file.write_text(json.dumps({"device": device, "torch": torch.__version__, "result": result}))
-    dist.leave_together(step.accelerator)
+    dist.end_together(step.accelerator)
 
 
 # ------------------------------------------------------------------------------------------------------------------ figures

@@ -149,11 +149,10 @@ def _leave_process_group() -> None:
         torch.distributed.destroy_process_group()
 
 
-def leave_together(accelerator: Accelerator) -> None:
+def end_together(accelerator: Accelerator) -> None:
     """Behind the last of a job that has ended well, on all ranks: now and then gloo also aborts a rank whose peer has left while it
-    was still at work."""
+    was still at work. The process group is left when the process ends, for a caller of `main` may go on to another job with it."""
     barrier(accelerator)
-    _leave_process_group()
 
 
 def _asked_for_cpu() -> bool:

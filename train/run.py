@@ -302,6 +302,6 @@ class Run:
             self.metrics.close()
         self.directory.lock.release()
 
-    def leave(self) -> None:
+    def end_together(self) -> None:
         """Behind all else, where the job has ended well."""
-        dist.leave_together(self.accelerator)
+        dist.end_together(self.accelerator)

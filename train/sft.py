@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None, link: Link | None = None, model_base: st
         sft.run.say_goodbye()
     finally:
         sft.close()
-    sft.run.leave()
+    sft.run.end_together()
 
 
 @dataclass
