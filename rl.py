@@ -214,9 +214,10 @@ class RLRun:
             self.run.offload.reload()
             metrics = self.policy_update(trained, step) if trained else {}
         if not metrics and self.run.is_main:
-            reasons = Counter(r.dropped for r in scored)
+            reasons = Counter(r.dropped for r in scored if r.dropped is not None)
             said = ", ".join(f"{reason}: {reasons[reason]}" for reason in sorted(reasons))
-            warn(f"step {step}: every response was dropped ({said}): no update")
+            of_those_kept = f"of {len(trained)} responses nothing was masked" if trained else "every response was dropped"
+            warn(f"step {step}: {of_those_kept}{f' ({said})' if said and not trained else ''}: no update")
         self.step_metrics |= {"train/skipped": float(not metrics), **metrics}
 
     def evaluate(self, step: int) -> None:

@@ -39,7 +39,7 @@ from accelerate.utils import DeepSpeedPlugin, DistributedType
 
 from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError
-from common.launch import free_port
+from common.launch import free_port, world_size
 
 if TYPE_CHECKING:
     from configs.schema import Config
@@ -93,7 +93,10 @@ def make_accelerator(config: Config, trains: bool = True) -> Accelerator:
         _prepare_environment_for_deepspeed(on_cpu)
     else:
         os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)  # by `accelerate launch`, for a job that does not train
-    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    expected = world_size()
+    for name in ("RANK", "WORLD_SIZE"):
+        if not os.environ.get(name):  # a job operator's; accelerate wants a number or nothing
+            os.environ.pop(name, None)
     # Naming a backend where there is no process group makes accelerate ask for the group's size.
     backend = None if "LOCAL_RANK" not in os.environ else "gloo" if on_cpu else "nccl"
     accelerator = Accelerator(
@@ -184,7 +187,7 @@ def _deepspeed_plugin(config: Config) -> DeepSpeedPlugin | None:
         data_types={"grad_accum_dtype": "fp32"},  # else many micro-batches add up in bfloat16
     )
     # ZeRO-1 rounds the sum to what it sends; ZeRO-2 and 3 send each micro-batch's gradient, which is what the weights are.
-    sends_nothing = int(os.environ.get("WORLD_SIZE", "1")) == 1 and plugin.zero_stage == 1
+    sends_nothing = world_size() == 1 and plugin.zero_stage == 1
     if config.training.reduce_in_float32 or sends_nothing:
         plugin.deepspeed_config["communication_data_type"] = "fp32"
     return plugin
@@ -200,7 +203,7 @@ def _prepare_environment_for_deepspeed(on_cpu: bool) -> None:
         # Shared-memory collectives, an operator that takes a minute to compile. Must be known before the process group starts.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Alone, without a launcher (or accelerate's, of one process): a group of one. RANK may be a job operator's.
-    if "LOCAL_RANK" not in os.environ and int(os.environ.get("WORLD_SIZE") or 1) == 1:
+    if "LOCAL_RANK" not in os.environ and world_size() == 1:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1")
         os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
@@ -281,6 +284,10 @@ def optimizer_step(accelerator: Accelerator, model: torch.nn.Module, optimizer: 
         assert model.is_gradient_accumulation_boundary(), "the last backward of the step was not run inside accumulate"
         model.step()
         norm = model.get_global_grad_norm() if model.was_step_applied() else math.inf
+        if not model.was_step_applied() and sharding(accelerator).zero_stage < 3:
+            # DeepSpeed forgets them too, but not where the optimizer is offloaded: all later gradients would be added to these.
+            gradients = getattr(model.optimizer, "averaged_gradients", {})  # not of its optimizer of bfloat16 weights, ZeRO-1
+            gradients.update(dict.fromkeys(gradients))
         assert math.isfinite(norm) == model.was_step_applied(), f"DeepSpeed took a step with a gradient of norm {norm}"
     else:
         assert accelerator.sync_gradients, "the last backward of the step was not run inside accumulate"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
 import shutil
 from pathlib import Path
@@ -107,9 +108,10 @@ def recover_directories(parent: Path) -> None:
     remove_partials(parent)
 
 
-def remove_partials(parent: Path) -> None:
-    """Remove the half-written files and directories (`.NAME.partial`) that a killed writer left in `parent`."""
-    for partial in parent.glob(".*.partial"):
+def remove_partials(parent: Path, prefix: str = "") -> None:
+    """Remove the half-written files and directories (`.NAME.partial`) that a killed writer left in `parent`; prefix: of the names
+    that are this writer's, where others write there too."""
+    for partial in parent.glob(f".{glob.escape(prefix)}*.partial"):
         if partial.is_dir():
             shutil.rmtree(partial, ignore_errors=True)
         else:

@@ -45,7 +45,17 @@ _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 def already_launched() -> bool:
     """Whether this process is one that a launcher (ours, torchrun, accelerate launch) has started, or one of several that find each
     other in another way. RANK=0 and WORLD_SIZE=1 alone are no launcher's: job operators give them to the container of a machine."""
-    return any(name in os.environ for name in _LAUNCHERS_VARIABLES) or int(os.environ.get("WORLD_SIZE") or 1) > 1
+    return any(name in os.environ for name in _LAUNCHERS_VARIABLES) or world_size() > 1
+
+
+def world_size() -> int:
+    """Processes of the job, as whoever started this one says it."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def local_world_size() -> int:
+    """Those of them on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
 
 
 def writes_the_run(link: Link | None = None) -> bool:

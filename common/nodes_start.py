@@ -108,9 +108,8 @@ def _check_config(job: str, argv: list[str]) -> None:
         print(f"error: {error}", file=sys.stderr, flush=True)
         with contextlib.suppress(UserError):  # no such place, nobody there
             place = find_place()
-            # The mistake may be in this machine's file alone, and the others would wait for it. (Those that machine 0 starts by
-            # itself do not come.)
-            if place.number > 1 and (place.index or not place.hosts):
+            # The mistake may be in this machine's file alone, and the others would wait for it.
+            if place.number > 1 and (place.index or _others_start_alone(job, argv, place)):
                 link = Spoke(place, only_leaves=True) if place.index else Hub(place)
                 link.leave(2, f"error: {error}")
         sys.exit(2)
@@ -185,6 +184,14 @@ def _launcher(job: str, argv: list[str], place: Place) -> str:
     from configs.load import read_config
 
     return choose(read_config(job, argv).system.launcher)
+
+
+def _others_start_alone(job: str, argv: list[str], place: Place) -> bool:
+    """Whether somebody else starts the other machines, as far as the config says: maybe, where it cannot even be read."""
+    try:
+        return not place.hosts or _launcher(job, argv, place) == "none"
+    except UserError:
+        return True
 
 
 def _start_others(place: Place, job: str, argv: list[str]) -> Remote:

@@ -150,12 +150,14 @@ class RunDir:
         return RunLock(self.path / f".results-{name}{LOCK_SUFFIX}", f"experiment.project: {self.path} (results of {name})")
 
     def save_config(self, config: Any, name: str) -> None:
-        """Keep the settings of results NAME, and as those of the directory where it has none: a training run's stay."""
+        """Keep the settings of results NAME, and as those of the directory where it has none: a training run's stay. Clears up
+        behind an evaluation of this name that was killed; to be called by the holder of its lock."""
         from configs.load import to_yaml
 
-        write_text(self.results_config(name), to_yaml(config))
-        if not self.config.is_file():
+        remove_partials(self.results, f"{name}.")
+        if not self.config.is_file():  # first: by it the directory is known
             write_text(self.config, to_yaml(config))
+        write_text(self.results_config(name), to_yaml(config))
 
     # -- the path
 
@@ -182,8 +184,9 @@ class RunDir:
                 file.unlink()
         self.path.mkdir(parents=True, exist_ok=True)
         recover_directories(self.checkpoints)
-        for folder in (self.path, self.rollouts, self.states, self.results):
+        for folder in (self.path, self.rollouts, self.states):
             remove_partials(folder)
+        remove_partials(self.results, "step-")  # its own; evaluations may be at work there
         write_text(self.config, to_yaml(config))
 
     def rollouts_after(self, step: int) -> list[Path]:
@@ -258,6 +261,6 @@ def _first(different: list[str]) -> str:
 def write_text(path: Path, text: str) -> None:
     """Write beside and rename: a reader never sees half a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     partial.write_text(text, encoding="utf-8")
     os.replace(partial, path)

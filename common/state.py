@@ -127,7 +127,7 @@ def _load(file: Path, **options: Any) -> Any:
 
 
 def _ranks_of_machine_0(accelerator: Accelerator) -> int:
-    return min(accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes)))
+    return min(accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE") or accelerator.num_processes))
 
 
 # ---------------------------------------------------------------------------------------------------------- where things are

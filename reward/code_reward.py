@@ -9,6 +9,7 @@ import sys
 from typing import Any, Iterator, Mapping, Sequence
 
 from common.errors import UserError, warn
+from common.launch import local_world_size
 from data.instructions import code_turn
 from reward.code_text import last_program, with_prefix
 from reward.registry import LIST, TEXT, Progress, ResponseToScore, Reward, Score
@@ -30,7 +31,7 @@ def cores_of_process() -> int:
         cores = len(os.sched_getaffinity(0))
     else:
         cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return max(1, cores // local_world_size())
 
 
 class CodeChecker:

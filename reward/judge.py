@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Callable, Iterator, Sequence
 
 from common.errors import UserError, entry_point, warn
+from common.launch import world_size
 from common.records import Rollout
 from reward.advantages import drop_reason, group_indices
 from reward.judge_cache import FOLDER, JudgementCache, judgement_key
@@ -72,7 +73,7 @@ class JudgedReward(Reward):
         self.judge_settings, self.model_settings = config.reward.judge, config.rollout.reward_model
         self.keep_solve_rate = tuple(config.reward.keep_solve_rate) if self.filter_by_solve_rate else (0.0, 1.0)
         self.sampling = Sampling(self.model_settings.temperature, self.model_settings.max_generation_token)
-        self.rank, self.num_processes = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.rank, self.num_processes = int(os.environ.get("RANK") or 0), world_size()
         self.judge = make_judge(config, self.sampling, self.num_processes)
         project = config.experiment.project
         self.folder = Path(project) / FOLDER if project is not None else None

@@ -105,6 +105,10 @@ class StepResult:
     num_shared_tokens: int = 0
     """Packed tokens that shared prompts have saved."""
 
+    @property
+    def is_taken(self) -> bool:
+        return math.isfinite(self.gradient_norm)
+
 
 class Trainer:
     """Owns a wrapped module and its optimizer. The module takes a `Pack` and gives a tuple of outputs, each [M]."""
@@ -290,7 +294,7 @@ def merge_results(results: list[StepResult], group: str = "train") -> dict[str, 
     metrics: dict[str, float] = {}
     if not results:
         return metrics
-    taken = [r for r in results if math.isfinite(r.gradient_norm)]
+    taken = [r for r in results if r.is_taken]
     for name in ("loss", "gradient_norm", "learning_rate") if taken else ():
         metrics[f"{group}/{name}"] = float(np.mean([getattr(r, name) for r in taken]))
     for name in taken[0].means if taken else ():  # the first has them all: some are measured there only

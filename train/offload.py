@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from common.errors import warn
+from common.launch import local_world_size
 from models.memory import free_host_memory, free_memory
 
 if TYPE_CHECKING:
@@ -272,4 +273,4 @@ class RolloutOffload:
 
     def _new_host_bytes(self) -> float:
         """This rank's part of what the host has free."""
-        return HOST_SHARE * free_host_memory() / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return HOST_SHARE * free_host_memory() / local_world_size()

@@ -42,8 +42,8 @@ def assign(documents: list[Document], max_tokens: int, num_ranks: int, share_pro
     if num_ranks == 1 or longest <= share or best * (1 - GAIN) <= even:
         return [bins[rank::num_ranks] for rank in range(num_ranks)]
     best *= 1 - GAIN
-    for limit in np.geomspace(share, longest, NUM_CUTS + 1)[:-1]:
-        cut = [part for d in documents for part in split_long(d, min(max_tokens, shortest_cut(d, int(limit), num_ranks)))]
+    for limit in np.geomspace(share, longest, NUM_CUTS + 1)[:-1]:  # rounded: processors differ in its last digit, ranks may not
+        cut = [part for d in documents for part in split_long(d, min(max_tokens, shortest_cut(d, round(limit), num_ranks)))]
         others = fill(cut, max_tokens, num_ranks, share_prompts)
         if (least := slowest(others, num_ranks, share_prompts)) < best:
             bins, best = others, least
@@ -51,7 +51,7 @@ def assign(documents: list[Document], max_tokens: int, num_ranks: int, share_pro
 
 
 def shortest_cut(document: Document, limit: int, num_ranks: int) -> int:
-    """`limit`, or as much more as leaves no more parts than there are ranks."""
+    """`limit`, or as much more as leaves about as many parts as there are ranks: a part takes whole slices."""
     return max(limit, document.num_clean + -(-document.num_slice_tokens // num_ranks))
 
 

@@ -117,7 +117,7 @@ class PolicyUpdate:
             for document, factor in zip(drawn, factors, strict=True):
                 tables.weights[document.numbers] *= factor
                 tables.kl_weights[document.numbers] *= factor
-            tables.is_first = index == 0
+            tables.is_first = not any(result.is_taken for result in results)
             progress = (step - 1 + index / len(parts)) / self.config.experiment.total_step
             if self.value is not None and self.value.is_due(step):
                 value_results += self.value.step(drawn, critic, tables.weights, progress)

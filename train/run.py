@@ -186,7 +186,7 @@ class Run:
             raise UserError(
                 f"experiment.project: {self.directory.path}: the run is at step {self.step} already, and with these settings it "
                 f"ends with step {self.total_steps}: ask for more steps (experiment.total_step; finetuning: training.max_steps or "
-                "num_train_epochs), or choose another project"
+                "num_train_epochs, and a higher stop_at_solve_rate where it was reached), or choose another project"
             )
 
     def save_state(self, extra: dict[str, Any]) -> None:

@@ -136,7 +136,8 @@ class SFTRun:
             self.validation = Validation(build_responses(config, model, data.validation, source, is_main), self.layout)
         self.evaluator = None if data.eval_tasks is None else Evaluator.for_run(self.run, data.eval_tasks)
         self.step_metrics: dict[str, float] = {}
-        self.is_solved = False
+        self.accuracy: float | None = None
+        """On the held-out tasks, if they were evaluated behind this very step."""
         self.run.resume(self.restore)
 
     def restore(self, extra: dict[str, Any]) -> None:
@@ -145,9 +146,14 @@ class SFTRun:
                 f"dataset.optimization_data: {self.config.dataset.optimization_data} has changed since this run was saved: put the "
                 "old file back, or start another run directory (experiment.project)"
             )
-        self.is_solved = extra["is_solved"]
-        if self.is_solved:
+        self.accuracy = extra.get("accuracy")
+        if self.is_solved():
             self.run.total_steps = self.run.step
+
+    def is_solved(self) -> bool:
+        """Whether the run ends here, for enough of the held-out tasks are solved."""
+        enough = self.config.training.stop_at_solve_rate
+        return enough is not None and self.accuracy is not None and self.accuracy >= enough
 
     def batch(self, step: int) -> list[int]:
         """Responses of a step: shuffled epochs, one behind the other, a function of seed and step alone."""
@@ -179,8 +185,8 @@ class SFTRun:
 
     def evaluate(self, step: int) -> None:
         """Validation loss and held-out tasks, every so many steps; ends the run where the tasks are solved well enough."""
-        training = self.config.training
-        if step % training.eval_every and step != self.run.total_steps:
+        self.accuracy = None
+        if step % self.config.training.eval_every and step != self.run.total_steps:
             return
         if self.validation is not None:
             with self.run.phase("validation"):
@@ -191,16 +197,15 @@ class SFTRun:
             results = self.evaluator(self.run.trainer.num_steps)
         for result in results:
             self.step_metrics |= result.metrics()
-        accuracy = results[0].accuracy or 0.0
-        if training.stop_at_solve_rate is not None and accuracy >= training.stop_at_solve_rate:
-            self.is_solved = True
+        self.accuracy = results[0].accuracy
+        if self.is_solved():
             self.run.total_steps = step
 
     def finish(self) -> None:
         seconds = self.run.watch.seconds.get("update")
         if seconds and "train/num_tokens" in self.step_metrics:
             self.step_metrics["rate/update_tokens_per_second"] = self.step_metrics["train/num_tokens"] / seconds
-        self.run.finish_step(self.step_metrics, {"is_solved": self.is_solved, "data": self.fingerprint})
+        self.run.finish_step(self.step_metrics, {"accuracy": self.accuracy, "data": self.fingerprint})
 
     def close(self) -> None:
         if self.evaluator is not None:

@@ -32,6 +32,40 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     return directory
 
 
+def test_a_start_leaves_evaluations_at_work_alone(directory: RunDir):
+    """Results come into the directory of a run that goes on; what a killed writer left goes with the next of its name."""
+    directory.results.mkdir()
+    own, others = directory.results / ".step-2.json.17.partial", directory.results / ".MATH.txt.17.partial"
+    for file in (own, others, directory.path / ".config.yaml.17.partial"):
+        file.touch()
+    directory.create(config_of(directory.path))
+    assert others.exists() and not own.exists() and not list(directory.path.glob(".*.partial"))
+    directory.save_config(config_of(directory.path), "MATH500")
+    assert others.exists()
+    directory.save_config(config_of(directory.path), "MATH")
+    assert not others.exists()
+
+
+@pytest.mark.parametrize("files", [1, 2])
+def test_an_evaluation_that_was_killed_while_it_wrote_its_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, files: int):
+    """Behind its first or its second file: the same command is welcome."""
+    directory, replace, written = RunDir(tmp_path / "new"), os.replace, []
+
+    def kill_behind(source, target):
+        replace(source, target)
+        written.append(target)
+        if len(written) == files:
+            raise KeyboardInterrupt
+
+    config = config_of(directory.path)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", kill_behind)
+        directory.save_config(config, "MATH")
+    directory.check_results(config, "MATH")
+    directory.save_config(config, "MATH")
+    assert directory.config.is_file() and directory.results_config("MATH").is_file()
+
+
 @pytest.mark.parametrize("write", ["{}/", "{}/../run", "{relative}", "{link}"])
 def test_a_directory_by_any_name(directory: RunDir, write: str):
     link = directory.path.with_name("link")

@@ -250,8 +250,10 @@ def masters(parts: Any) -> dict[str, Tensor]:
     return {name: parts.read(p, WEIGHT).clone().view(parts.shape(p)) for name, p in parts.parameters()}
 
 
-def alone_in_an_operators_environment(modes: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def alone_in_an_operators_environment(
+    modes: dict[str, dict[str, Any]], rank: str = "0", size: str = "1"
+) -> dict[str, list[dict[str, Any]]]:
     """run_modes in one process, in a container that was told of a rank and a host that is not there."""
-    operators = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}
+    operators = {"RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "nowhere.invalid", "MASTER_PORT": "1"}
     os.environ.update(operators)
     return run_modes(modes)

@@ -19,7 +19,10 @@ MODES: dict[str, dict[str, Any]] = {
     "zero2, optimizer offloaded": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero2_offload"},
     "zero2, not clipped": {"deepspeed_file": "1_node_2_gpus_deepspeed_zero2", "max_grad_norm": None},
 }
-BFLOAT16 = {f"zero{stage}": {"deepspeed_file": f"1_node_2_gpus_deepspeed_zero{stage}", "dtype": "bfloat16"} for stage in (1, 2, 3)}
+BFLOAT16 = {
+    name: {"deepspeed_file": f"1_node_2_gpus_deepspeed_{name}", "dtype": "bfloat16"}
+    for name in ("zero1", "zero2", "zero3", "zero2_offload")
+}
 
 
 def by_hand(max_grad_norm: float | None = probe.MAX_GRAD_NORM, dtype: torch.dtype = torch.float64) -> list[dict[str, Any]]:
@@ -77,9 +80,17 @@ def test_one_process_equals_one_sum(monkeypatch):
     probe.forget_accelerator()
 
 
-@pytest.mark.parametrize("job, modes", [("run_modes", ("zero1", "zero3")), ("alone_in_an_operators_environment", ("ddp", "zero1"))])
-def test_without_a_launcher(job, modes):
-    (result,) = run_on_ranks(f"tests.distributed.probe:{job}", 1, {"modes": {m: MODES[m] for m in modes}})
+@pytest.mark.parametrize(
+    "job, modes, variables",
+    [
+        ("run_modes", ("zero1", "zero3"), {}),
+        ("alone_in_an_operators_environment", ("ddp", "zero1"), {}),
+        ("alone_in_an_operators_environment", ("ddp",), {"rank": "", "size": ""}),
+        ("alone_in_an_operators_environment", ("zero1",), {"rank": "", "size": ""}),
+    ],
+)
+def test_without_a_launcher(job, modes, variables):
+    (result,) = run_on_ranks(f"tests.distributed.probe:{job}", 1, {"modes": {m: MODES[m] for m in modes}, **variables})
     for records in result.values():
         assert records[0]["num_processes"] == 1
         check(records, by_hand())

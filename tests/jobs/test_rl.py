@@ -34,6 +34,19 @@ def test_groups_that_are_all_alike_skip_the_step(server: ForkServer, settings: A
     assert run["num_optimizer_steps"] == 0
 
 
+def test_kept_responses_of_which_nothing_is_masked_skip_the_step(server: ForkServer, settings: Any, tmp_path: Path):
+    """Masks depend on seed and step alone, so a step that failed by them would fail again at every start."""
+    changes = {"training.method": "random_masking", "training.lower_p": 1e-4, "training.upper_p": 2e-4}
+    job = server.run("rl.py", settings("rl", tmp_path / "run", changes))
+    assert job.code == 0, job.err
+    rows = read_metrics(tmp_path / "run")
+    kept = [16 - 4 * int(row["rollout/dropped_groups"]) for row in rows]
+    assert min(kept) > 0 and [row["train/skipped"] for row in rows] == [1, 1]
+    assert job.error_lines == [
+        f"warning: step {step}: of {number} responses nothing was masked: no update" for step, number in enumerate(kept, start=1)
+    ]
+
+
 def test_resampling_fills_the_step(server: ForkServer, settings: Any, tmp_path: Path):
     changes = {"rollout.resample": "true", "rollout.num_response_per_task": 2}
     job = server.run("rl.py", settings("rl", tmp_path / "run", changes))

@@ -28,6 +28,17 @@ def test_ends_where_enough_is_solved(server: ForkServer, settings: Any, tmp_path
     assert again.code == 0 and again.out == job.out.splitlines(keepends=True)[-1]
 
 
+def test_a_run_that_ended_solved_goes_on_for_a_higher_rate(server: ForkServer, settings: Any, tmp_path: Path):
+    changes = {"training.stop_at_solve_rate": 0.01, "training.max_steps": 4, "optimizer.params.learning_rate": 0}
+    job = server.run(SCRIPT, settings("sft", tmp_path / "run", changes))
+    assert job.code == 0 and [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2], job.err
+    longer = changes | {"training.max_steps": 6, "experiment.start_from_scratch": "false"}
+    refused = server.run(SCRIPT, settings("sft", tmp_path / "run", longer))
+    assert refused.code == 2 and "a higher stop_at_solve_rate where it was reached" in refused.err
+    job = server.run(SCRIPT, settings("sft", tmp_path / "run", longer | {"training.stop_at_solve_rate": 1.0}))
+    assert job.code == 0 and [row["step"] for row in read_metrics(tmp_path / "run")] == [1, 2, 3, 4, 5, 6], job.err
+
+
 def test_long_prompts_are_dropped_with_a_word(server: ForkServer, settings: Any, jobs_dir: Path, tmp_path: Path):
     records = json.loads((jobs_dir / "train.json").read_text())
     records[3]["question"] = "s" + "1" * 30 + "="

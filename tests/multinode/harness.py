@@ -113,15 +113,17 @@ class Machine:
 
 
 def on_loopback(
-    folder: Path, command: Sequence[str], number: int = 2, environment: Sequence[dict[str, str]] | None = None
+    folder: Path, command: Sequence[str], number: int = 2, environment: Sequence[dict[str, str | None]] | None = None
 ) -> list[Machine]:
-    """The same command as several machines of this host, each in FOLDER/machine_<i>: way (b), by the generic variables."""
+    """The same command as several machines of this host, each in FOLDER/machine_<i>: way (b), by the generic variables.
+    environment: of each, before those; None: without that one."""
     port = free_port()
     machines = []
     for index in range(number):
         place = {"NODE_RANK": str(index), "NNODES": str(number), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         own = environment[index] if environment is not None else {}
-        machines.append(Machine(folder / f"machine_{index}", command, {**place, **own}))
+        variables = {name: value for name, value in {**place, **own}.items() if value is not None}
+        machines.append(Machine(folder / f"machine_{index}", command, variables))
     return machines
 
 

@@ -13,7 +13,7 @@ import pytest
 
 from common.nodes_hub import LATE_SECONDS
 from tests.distributed.harness import ROOT
-from tests.multinode.harness import SMALL_SETTINGS, Machine, environment_of, on_loopback, small_job
+from tests.multinode.harness import SMALL_SETTINGS, Machine, environment_of, free_port, on_loopback, small_job
 
 Start = Callable[..., list[Machine]]
 WAIT = 'mark("up"); wait_for("up")\n'
@@ -239,12 +239,18 @@ def test_a_mistake_in_the_config_is_said_before_places_are_asked_for(start, tmp_
     assert finish([machine]) == [2] and machine.lines == [MISTAKE]
 
 
-def test_a_mistake_on_machine_0_alone_is_told_to_the_others(start, tmp_path):
+@pytest.mark.parametrize("variables", ["generic", "of the reference's platform"])
+def test_a_mistake_on_machine_0_alone_is_told_to_the_others(start, tmp_path, variables):
+    environment = None
+    if variables != "generic":  # they name every machine, but with system.launcher=none machine 0 starts none of them
+        hosts = {"MLP_WORKER_0_HOST": "127.0.0.1", "MLP_WORKER_1_HOST": "127.0.0.1", "MLP_WORKER_0_PORT": str(free_port())}
+        environment = [{**hosts, "MLP_ROLE_INDEX": str(index), "NODE_RANK": None} for index in range(2)]
     config = tmp_path / "machine_1" / "own.yaml"
     config.parent.mkdir()
     config.write_text("experiment: {project: run}\nmodel: {pretrained_model: tiny-random, model_base: sdar}\n")
     began = time.monotonic()
-    machines = start(RUN, "config=own.yaml", "dataset.train_dataset=tiny_sort_train", "dataset.eval_dataset=tiny_sort_test")
+    settings = ["dataset.train_dataset=tiny_sort_train", "dataset.eval_dataset=tiny_sort_test", "system.launcher=none"]
+    machines = start(RUN, "config=own.yaml", *settings, environment=environment)
     assert finish(machines) == [2, 2] and len(machines[0].lines) == 1
     assert machines[0].lines[-1] == machines[1].lines[-1] and "config=own.yaml: no such file" in machines[1].lines[-1]
     assert time.monotonic() - began < LATE_SECONDS, "nobody waits for anything else"

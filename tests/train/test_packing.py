@@ -12,6 +12,7 @@ import torch
 from models.attention import TokenIds, attention_backend, dense_mask, masked_attention
 from models.registry import FAMILIES
 from models.tiny import build_tiny
+from train import packing
 from train.documents import Predictions, build_document, number, split_long, split_rows
 from train.layout import Layout
 from train.methods.tracerl import trace_slices
@@ -308,6 +309,19 @@ def test_long_documents_are_cut_where_ranks_would_wait(name):
     assert found.max(0).sum() / mean <= most
     assert found.max() <= 16_384 and found.shape[1] <= uncut.shape[1]
     assert max(sum(d.response == i for packs in ranks for own in packs for d in own) for i in range(len(lengths))) <= num_ranks + 1
+
+
+def test_cuts_do_not_hang_on_the_last_digit(monkeypatch):
+    """Processors differ in it, and every rank computes the cuts by itself."""
+    documents, geomspace, cut = documents_of_lengths([6400] + [100] * 7), np.geomspace, packing.shortest_cut
+    expected = None
+    for factor in (1.0, 1 - 2e-16, 1 + 2e-16):
+        limits = []
+        monkeypatch.setattr(np, "geomspace", lambda *a, by=factor: geomspace(*a).round() * by)
+        monkeypatch.setattr(packing, "shortest_cut", lambda d, limit, n, to=limits: to.append(limit) or cut(d, limit, n))
+        assign(documents, 16_384, 8)
+        expected = expected or limits
+        assert len(limits) == packing.NUM_CUTS * len(documents) and limits == expected
 
 
 def test_documents_are_cut_only_where_it_pays():
