@@ -72,6 +72,8 @@ def main(target: str, folder: str, num_processes: str) -> None:
     module, _, name = target.partition(":")
     result = getattr(importlib.import_module(module), name)(**torch.load(Path(folder, "arguments.pt"), weights_only=False))
     torch.save(result, Path(folder, f"result_{rank}.pt"))
+    if torch.distributed.is_initialized():  # as of jobs, common.dist.end_together
+        torch.distributed.barrier()
 
 
 if __name__ == "__main__":
