@@ -3,13 +3,16 @@
 A CUDA graph has fixed sizes, so sizes are few and always rounded up. What the next step will need is not known when it is
 launched (the host is a step late), and need not be: an item that finds no place waits for the next step. So the capacities
 follow the averages of recent steps, and a step that happens to need more spreads its load over the next ones. Sequences that
-start together come apart in this way, until every step commits about as many blocks as the next.
+start together come apart in this way, until every step commits about as many blocks as the next. `Waits` sees to it that it is not
+always the same who wait.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+
+import numpy as np
 
 ALL_FIT = 128
 """Rows of a forward up to which its time is that of reading the weights: there is place for every commit and every masked row."""
@@ -22,6 +25,9 @@ ROWS_OF_WEIGHTS, ROWS_OF_ATTENTION = 256, 2
 contexts of 1,000, on an H200."""
 HEAD_MARGIN = 1.05
 """Head rows cost little: a step has so many times the average."""
+WAITS_MEMORY, OFTEN, MORE_THAN_OTHERS = 1 / 32, 1 / 8, 1.25
+"""Weight of the newest step in the share of steps that a sequence waited; from which share on it may come first; if that is so many
+times what all waited."""
 
 
 def item_bucket(num_items: int) -> int:
@@ -92,3 +98,28 @@ class Demand:
             return Capacity(n, n, n * size)
         head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // HEAD_ROWS) * HEAD_ROWS
         return Capacity(n, commit_capacity(n, size, self.commits * num_active), max(size, min(head, n * size)))
+
+
+class Waits:
+    """In which share of recent steps a sequence waited, by slot.
+
+    Places are given away in the order of the items, the longest first, so without this it would be the shortest that wait. Who
+    waited much more often than others comes before them; no more than these, for long items that start late make a step longer.
+    What counts is a share and not the newest step: that is known when the next one has been launched, in the order that it had.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.share = np.zeros(num_slots)
+
+    def begin(self, slots: list[int]) -> None:
+        """Somebody new is in these slots."""
+        self.share[slots] = 0.0
+
+    def observe(self, order: np.ndarray, stalled: np.ndarray) -> None:
+        """One step: the slots of its items, and which of these waited (bool)."""
+        self.share[order] += WAITS_MEMORY * (stalled - self.share[order])
+
+    def come_first(self, slots: np.ndarray) -> np.ndarray:
+        """bool, of the slots in flight: before all others."""
+        shares = self.share[slots]
+        return shares > max(OFTEN, MORE_THAN_OTHERS * shares.mean())

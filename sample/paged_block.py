@@ -29,7 +29,7 @@ from models.decoder import Decoder
 from models.family import Family
 from sample import pages
 from sample.block import check_family, whole_length
-from sample.capacity import Demand, item_bucket
+from sample.capacity import Demand, Waits, item_bucket
 from sample.cuda_graphs import CudaGraphs
 from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.fused_forward import fused_forward
@@ -172,7 +172,7 @@ class Generation:
 
         self.order = np.zeros(0, dtype=np.int64)  # slots, as on the device
         self.order_age: int | None = None  # steps since it was made; None: make a new one
-        self.stalled = np.zeros(num_slots, dtype=bool)  # in the newest step that was read
+        self.waits = Waits(num_slots)
         self.launched: deque[np.ndarray] = deque()  # the orders of the steps that have not been read
         self.num_launched = 0
         self.state.slots.clear()  # also of what an interrupted call has left
@@ -207,6 +207,7 @@ class Generation:
                 copies.append(grant.copy)
         if admitted:
             self._start(admitted)
+            self.waits.begin([slot for slot, *_ in admitted])
             self._prefill(prefill)
             self.cache.copy(copies)
             self.order_age = None
@@ -299,10 +300,10 @@ class Generation:
         self.num_launched += 1
 
     def _sort(self) -> None:
-        """Items in order of length, the longest first: the programs that take longest start first. Before them those that found no
-        place: it is given away in this order, and nobody is to wait for long."""
+        """Items in order of length, the longest first: the programs that take longest start first. Before them those that often
+        found no place: it is given away in this order, and nobody is to wait much more often than others."""
         slots = np.array([slot for slot, who in enumerate(self.occupant) if who is not None])
-        self.order = slots[np.lexsort((-self.start[slots], ~self.stalled[slots]))]
+        self.order = slots[np.lexsort((-self.start[slots], ~self.waits.come_first(slots)))]
         padded = np.full(len(self.state.order), -1, dtype=np.int32)
         padded[: len(slots)] = self.order
         self.state.order.copy_(self._to_device(torch.from_numpy(padded)))
@@ -360,10 +361,10 @@ class Generation:
         self.statistics.sequence_forwards += num_ran
         self.statistics.commit_items += num_commits
         self.statistics.tokens += int(revealed[ran].sum())
-        stalled = order[what == STALLED]
-        self.statistics.stalled += len(stalled)
-        if len(stalled) or self.stalled.any():
-            self.stalled = np.isin(np.arange(len(self.stalled)), stalled)
+        stalled = what == STALLED
+        self.statistics.stalled += int(stalled.sum())
+        self.waits.observe(order, stalled)
+        if stalled.any():
             self.order_age = None
         self.demand.observe(num_ran, num_commits, int(masked[ran].sum()))
         self.commit[slots] = commit[ran]

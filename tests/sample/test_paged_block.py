@@ -17,7 +17,7 @@ from models.decoder import Decoder
 from models.registry import FAMILIES
 from sample import paged_block, paged_state
 from sample.block import BlockEngine
-from sample.capacity import Capacity, Demand, commit_capacity, item_bucket, whole_rows
+from sample.capacity import Capacity, Demand, Waits, commit_capacity, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.kernels import plan
 from sample.paged_block import PagedBlockEngine
@@ -364,24 +364,52 @@ def test_random_reveals_are_served_as_by_the_best_number_of_places(chance: float
     assert ours > 0.99 * max(fixed) and max(fixed) > 1.09 * sorted(fixed)[1]
 
 
+def test_no_sequence_waits_much_more_often_than_others() -> None:
+    """On the engine, where every fifth sequence waits: the share of steps in which each, of a length of its own, takes part."""
+    size, active, chance = 4, 64, 0.8
+
+    class Enough(Exception):
+        pass
+
+    engine, steps = PagedBlockEngine(random_decoder(), SDAR, max_active=active), []
+
+    def stop(*counts: int) -> None:
+        steps.append(counts)
+        if len(steps) > 200:
+            raise Enough
+
+    s = settings(
+        **dict(block_size=size, strategy="low_confidence_dynamic", target="random", threshold=1 - chance),
+        **dict(max_tokens=200 * size, stop_ids=()),
+    )
+    with pytest.raises(Enough):
+        engine.generate(random_requests([size * n for n in range(1, active + 1)]), s, progress=stop)
+    shares = engine.device_state.slots.forwards[:active] / 200
+    assert engine.statistics.stalled > 0.1 * 200 * active
+    assert shares.min() > 0.9 * shares.mean() and shares.min() > 0.7 * shares.max()
+
+
 def simulated(
     size: int, active: int, reveal: Callable[[int, int], int], begun: list[int], ran_of: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
-    """400 steps of the capacities, under the rule of `make_plan` and the engine's order: how many ran in each, and its rows.
+    """400 steps of the capacities, under the rule of `make_plan` and the engine's order: how many ran in each, and its rows. As in
+    the engine, what a step did is known when the next one has been launched; the earlier sequences are the longer ones.
 
     reveal: (sequence, masked tokens of its block) -> how many of them a forward reveals; begun: forwards that its block has had."""
-    demand = Demand(size, size)
+    demand, waits = Demand(size, size), Waits(active)
+    everyone = np.arange(active)
+    not_read = None
     left = [size] * active
     for n, forwards in enumerate(begun):
         for _ in range(forwards):
             left[n] -= min(left[n], reveal(n, left[n]))
-    commit, stalled = [False] * active, [False] * active
+    commit = [False] * active
     ran, rows = [], []
     for _ in range(400):
         capacity = demand.capacity(active)
         commits_left, head_left, num_ran, num_commits, num_masked = capacity.commits, capacity.head_rows, 0, 0, 0
-        order = sorted(range(active), key=lambda n: not stalled[n])
-        stalled = [True] * active
+        order = np.argsort(~waits.come_first(everyone), kind="stable")
+        stalled = np.ones(active, dtype=bool)
         for n in order:
             if commit[n] and not commits_left:
                 continue
@@ -398,7 +426,10 @@ def simulated(
             left[n] -= min(left[n], reveal(n, left[n]))
             commit[n] = not left[n]
             left[n] = left[n] or size
-        demand.observe(num_ran, num_commits, num_masked)
+        if not_read is not None:
+            demand.observe(*not_read[0])
+            waits.observe(everyone, not_read[1])
+        not_read = (num_ran, num_commits, num_masked), stalled
         ran.append(num_ran)
         rows.append((capacity.items + capacity.commits) * size)
     return ran, rows
