@@ -16,8 +16,9 @@ import numpy as np
 
 ALL_FIT = 128
 """Rows of a forward up to which its time is that of reading the weights: there is place for every commit and every masked row."""
-HEAD_ROWS = 64
-"""Head rows are rounded up to a multiple of it."""
+HEAD_ROWS, HEAD_SIZES = 64, 16
+"""Head rows are rounded up to a multiple of HEAD_ROWS: to one that leaves not many more than HEAD_SIZES sizes up to all rows of the
+items. Else the average, which is never at rest, would ask for another graph at every step of large blocks."""
 MEMORY = 1 / 16
 """Weight of the newest step in the averages."""
 ROWS_OF_WEIGHTS, ROWS_OF_ATTENTION = 256, 2
@@ -96,7 +97,8 @@ class Demand:
         size, n = self.block_size, item_bucket(num_active)
         if 2 * n * size <= ALL_FIT:
             return Capacity(n, n, n * size)
-        head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // HEAD_ROWS) * HEAD_ROWS
+        multiple = HEAD_ROWS * max(1, n * size // (HEAD_SIZES * HEAD_ROWS))
+        head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // multiple) * multiple
         return Capacity(n, commit_capacity(n, size, self.commits * num_active), max(size, min(head, n * size)))
 
 

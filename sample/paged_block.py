@@ -313,7 +313,7 @@ class Generation:
         """Capture the step, over an order without items: the run before the capture changes nothing."""
         before = self.graphs.capture_seconds
         self.state.order.fill_(-1)
-        self.graphs.capture(key, lambda: self._step(plan))
+        self.graphs.capture(key, lambda: self._step(plan), keeps=plan)
         self.order_age = None
         self.statistics.graphs += 1
         self.statistics.capture_seconds += self.graphs.capture_seconds - before

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import random
@@ -15,13 +16,14 @@ import torch
 from common.errors import UserError
 from models.decoder import Decoder
 from models.registry import FAMILIES
-from sample import paged_block, paged_state
+from sample import cuda_graphs, paged_block, paged_state
 from sample.block import BlockEngine
 from sample.capacity import Capacity, Demand, Waits, commit_capacity, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.kernels import plan
 from sample.paged_block import PagedBlockEngine
 from sample.paged_cache import PagedCache
+from sample.paged_state import DeviceState, StateSizes
 from sample.pages import PAGE, pages_of
 from sample.queue import ListQueue, Unit
 from sample.slots import Plan, Slots
@@ -387,6 +389,44 @@ def test_no_sequence_waits_much_more_often_than_others() -> None:
     shares = engine.device_state.slots.forwards[:active] / 200
     assert engine.statistics.stalled > 0.1 * 200 * active
     assert shares.min() > 0.9 * shares.mean() and shares.min() > 0.7 * shares.max()
+
+
+@pytest.mark.parametrize("size, active", [(4, 128), (4, 256), (32, 256), (64, 128), (64, 256)])
+def test_graphs_are_few(size: int, active: int) -> None:
+    """Of 12 blocks each, random reveals, until the last is done, in two calls: the second finds nearly all of its graphs."""
+    sizes: list[set[tuple[int, int, int]]] = []
+    for seed in range(2):
+        rng, demand, sizes = np.random.default_rng(seed), Demand(size, size), [*sizes, set()]
+        left = np.full(active, 12 * size)
+        while (in_flight := left[left > 0]).size:
+            capacity = demand.capacity(len(in_flight))
+            sizes[-1].add(dataclasses.astuple(capacity))
+            masked = (in_flight - 1) % size + 1
+            revealed = np.maximum(1, rng.binomial(masked, 0.1))
+            left[left > 0] -= revealed
+            demand.observe(len(in_flight), int((revealed == masked).sum()), int(masked.sum()))
+    assert len(sizes[0] | sizes[1]) < 0.7 * cuda_graphs.LIMIT and len(sizes[1] - sizes[0]) < 10
+
+
+def test_plans_go_with_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    graph = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None)
+    fakes = dict(graph_pool_handle=lambda: 0, Stream=lambda device: stream, current_stream=lambda device: stream)
+    for name, fake in (fakes | dict(stream=lambda s: contextlib.nullcontext(), CUDAGraph=lambda: graph)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs = cuda_graphs.CudaGraphs(torch.device("cuda"), limit=3)
+    state = DeviceState(StateSizes(8, 4, 1, 8), random_decoder().config, torch.float32, torch.device("cpu"))
+    for commits in range(1, 9):
+        for settings_of in ("one call", "another") if commits == 8 else ("one call",):
+            plan = state.plan(Capacity(8, commits, 32))
+            graphs.capture((settings_of, commits), lambda: None, keeps=plan)
+            assert state.plan(Capacity(8, commits, 32)) is plan  # as long as a graph holds its addresses
+    del plan
+    assert sorted(commits for _, commits, _ in state.plans) == [7, 8]
+
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=6)
+    engine.generate(random_requests([5, 9, 3, 8, 12, 7]), settings())
+    assert not engine.device_state.plans
 
 
 def simulated(
