@@ -48,6 +48,8 @@ from sample.slots import DONE, RAN, STALLED, Plan
 
 PREFILL_TOKENS = 16_384
 """Of one prefill forward, unless a single prompt is longer."""
+SMALL_STEP = 2048
+"""Rows of a step whose activations find place in what is kept free for a prefill: that is about twice what it takes."""
 LOGITS = 2**29
 """Entries of the logits that are there at a time: 2 GiB."""
 SORT_EVERY = 32
@@ -88,7 +90,7 @@ class PagedBlockEngine(Engine):
         lengths = [whole_length(request, n, settings) for request, n in samples]
         most_columns = max(request.limit(n, settings) for request, n in samples) + settings.block_size - 1
         needs = sorted((pages_of(length) for length in lengths), reverse=True)
-        wanted = 1 + sum(needs[:num_slots])
+        wanted = for_all = 1 + sum(needs[:num_slots])
         if self.cache_pages is not None:
             wanted = min(wanted, self.cache_pages)
             if wanted < 1 + needs[0]:
@@ -124,7 +126,11 @@ class PagedBlockEngine(Engine):
         copies = 2 if kernel_target(settings) is not None else 6
         longest_prompt = max(len(request.prompt_ids) for request, _ in samples) // settings.block_size * settings.block_size
         prefill = max(PREFILL_TOKENS, longest_prompt) * wide * dtype.itemsize
-        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits)
+        # A step's own stay in the graphs' pool, beside a prefill's. Every page has its part of them: where there are fewer, fewer
+        # sequences are in flight.
+        largest = Demand(settings.block_size, settings.num_steps).capacity(num_slots)
+        step_rows = max(0, (largest.items + largest.commits) * settings.block_size - SMALL_STEP)
+        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits, step_rows * wide * dtype.itemsize // for_all)
         self.num_pages = min(wanted, self.cache.num_pages)
 
 

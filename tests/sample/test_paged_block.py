@@ -161,6 +161,21 @@ def test_memory_is_kept_free_for_the_largest_prefill(monkeypatch: pytest.MonkeyP
     assert kept == [40 * row + logits, 60 * row + logits]
 
 
+def test_memory_is_kept_free_for_large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 sequences of blocks of 64, four steps a block: 40 x 64 rows, of which 2,048 need none. Each has its 3 pages' part."""
+    kept = []
+    take = PagedCache.take
+    monkeypatch.setattr(PagedCache, "take", lambda self, *args: kept.append(args[3]) or take(self, *args))
+    s = settings(block_size=64, steps_per_block=4, max_tokens=64)
+    requests = random_requests([65], num_samples=32)
+    row = 4 * (6 * 48 + 4 * 4 * 8 + 8 * 32)
+    for cache_pages in (None, 10):  # that there are fewer pages, each for as many rows, changes nothing
+        PagedBlockEngine(random_decoder(), SDAR, cache_pages=cache_pages).generate(requests, s)
+        assert kept.pop() == (40 * 64 - 2048) * row // (1 + 32 * 3)
+    PagedBlockEngine(random_decoder(), SDAR).generate(requests, dataclasses.replace(s, block_size=4, steps_per_block=1))
+    assert kept == [0]
+
+
 def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_state, "RESULT_POSITIONS", 1)
     engine = PagedBlockEngine(random_decoder(), SDAR, max_active=2)

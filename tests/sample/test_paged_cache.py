@@ -39,6 +39,9 @@ def test_as_many_pages_as_are_wanted_or_fit(books: Books, cache: PagedCache) -> 
     cache.release()
     cache.take(100, 3, 20 * GRANULE)  # 44 granules are 22 pages
     assert cache.num_pages == 20
+    cache.release()
+    cache.take(100, 3, 20 * GRANULE, 2 * GRANULE)  # two granules a page, and as much for its sequence's rows: 11 less two
+    assert cache.num_pages == 10  # whole granules
 
 
 def test_too_little_memory_is_refused_with_the_numbers(books: Books, cache: PagedCache) -> None:
