@@ -353,7 +353,7 @@ def test_capacities_settle_on_what_is_needed(steps: int, together: bool) -> None
 
 @pytest.mark.parametrize("size, active, reveal", [(16, 256, 2), (32, 256, 2), (64, 128, 2), (64, 256, 4)])
 def test_large_blocks_leave_nobody_waiting(size: int, active: int, reveal: int) -> None:
-    """Whose masked rows have more logits than there are at a time."""
+    """There are head rows for all that is masked, however much that is."""
     begun = [n % (size // reveal) for n in range(active)]
     ran, rows = simulated(size, active, lambda n, left: reveal, begun)
     assert sum(ran[200:]) > 0.99 * 200 * active
