@@ -255,7 +255,12 @@ def test_a_queue_says_what_is_sampled() -> None:
 def test_no_more_are_in_flight_than_a_plan_has_numbers_for(size: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paged_block.most_in_flight(size) == most == item_bucket(most)
     launched = []
-    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **options: launched.append(grid)})()
+
+    def launch(grid: tuple[int], options: dict) -> None:
+        launched.append(grid)
+        assert options["ITEMS"] * options["STEP"] <= plan.AT_A_TIME  # or compiling it takes minutes
+
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **options: launch(grid, options)})()
     monkeypatch.setattr(plan, "plan_kernel", kernel)
     monkeypatch.setattr(plan, "triton", SimpleNamespace(next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
 
