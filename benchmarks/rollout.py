@@ -336,6 +336,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)
+    if arguments.strategy == "dynamic" and family_of(arguments.shape).attention != "block":
+        parser.error(f"--strategy dynamic: got --shape {arguments.shape}, but canvases are measured with static alone")
     arguments.engine = arguments.engine or ("triton" if arguments.device.type == "cuda" else "torch")
     arguments.active = arguments.active or ([128] if family_of(arguments.shape).attention == "block" else [1, 32])
     arguments.dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32

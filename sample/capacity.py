@@ -50,7 +50,8 @@ def commit_capacity(num_items: int, block_size: int, needed: float) -> int:
     """Places for commit items beside n denoising ones, where `needed` are needed on average.
 
     As many as go into the next whole number of rows; or, where most of these would only pad, into the one below: with c places
-    min(1, c / needed) of the work gets done, in a time that goes with the rows, (n + c) * B, and the attention of n items.
+    min(1, c / needed) of the work gets done, in a time that goes with the rows, (n + c) * B, and the attention of n items. One
+    where none go into either (large blocks, few items): somebody has to commit, so the rows are then what they are.
     """
 
     def rate(commits: int) -> float:
@@ -84,7 +85,8 @@ class Demand:
         self.num_steps_seen = 0
 
     def observe(self, num_ran: int, num_commits: int, num_masked: int) -> None:
-        """One step: items that took part, commit items and masked rows among them."""
+        """One step: items that took part, commit items among them, and the positions that they have masked behind it: what the next
+        step needs head rows for. A sequence that is done has none."""
         if not num_ran:
             return
         self.num_steps_seen += 1

@@ -51,7 +51,8 @@ PREFILL_TOKENS = 16_384
 SMALL_STEP = 2048
 """Rows of a step whose activations find place in what is kept free for a prefill: that is about twice what it takes."""
 LOGITS = 2**29
-"""Entries of the logits that are there at a time: 2 GiB."""
+"""Entries of the logits that are there at a time: 2 GiB. More than in the other engines (sample/sampling.py), for the kernels make
+no further tensors of this size."""
 SORT_EVERY = 32
 """Steps after which the items are put in order of length again, should nothing else have changed."""
 

@@ -186,6 +186,12 @@ def test_the_realistic_run(capsys: Any):
     assert result["statistics"]["sequences"] == 1024 and result["seconds"] < result["whole_seconds"]
 
 
+def test_dynamic_decoding_is_of_block_models(capsys: Any):
+    with pytest.raises(SystemExit):
+        rollout.main(["--shape", "tiny-full", "--device", "cpu", "--strategy", "dynamic"])
+    assert "--strategy dynamic: got --shape tiny-full" in capsys.readouterr().err
+
+
 def test_the_context_is_that_until_a_tenth_is_left():
     """Behind prompts of 10, one response of 40 tokens and nine of 4."""
     long, short = Request("long", [0] * 10, 1, (40,)), Request("short", [0] * 10, 9, (4,) * 9)
