@@ -17,7 +17,7 @@ Random weights of the published shape, made on the device; they never say a stop
   forward to forward.
 - `--realistic`: behind the steady run, 64 prompts of 50 to 400 tokens, 16 responses each, of lognormal lengths up to 2,000. The
   rate is that from the start, prefill included, until a tenth of the responses is left. Beside it the limit for `--active`
-  sequences of the mean context that these responses have.
+  sequences of the mean context that is seen until then.
 - `--startup`: seconds from the start of a process to its first tokens, with an empty cache of compiled kernels and with a full one.
 - Full attention (canvases): 256 new tokens in blocks of 32 behind a prompt of 200, with every cache (benchmarks/canvas_rollout.py).
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import gc
+import heapq
 import json
 import os
 import subprocess
@@ -90,6 +91,22 @@ def realistic_requests(shape: str, seed: int = 0, shrink: int = 1) -> list[Reque
     return requests
 
 
+def mean_context(requests: list[Request], active: int, reveal: float) -> float:
+    """What a forward of a sequence sees on average, from the start until a tenth of the responses is left: `active` of them in
+    flight, admitted in their order, each of which reveals `reveal` tokens a forward until it has its own limit."""
+    responses = [(len(request.prompt_ids), length) for request in requests for length in request.max_tokens]
+    free = [0.0] * active  # when slots are free, in forwards
+    begun = []
+    for prompt, length in responses:
+        start = heapq.heappop(free)
+        heapq.heappush(free, start + length / reveal)
+        begun.append((start, prompt, length))
+    until = sorted(start + length / reveal for start, _, length in begun)[-(-9 * len(begun) // 10) - 1]
+    # In the t forwards that a response has had until then, behind a prompt of p, it sees p + reveal * t / 2 on average.
+    seen = [(min(length / reveal, until - start), prompt) for start, prompt, length in begun if start < until]
+    return sum(forwards * (prompt + reveal * forwards / 2) for forwards, prompt in seen) / sum(forwards for forwards, _ in seen)
+
+
 # -------------------------------------------------------------------------------------------------------------- measurements
 
 
@@ -144,13 +161,11 @@ def measure_realistic(
     until = next(n for n, (finished, *_) in enumerate(clock.counts) if finished >= 0.9 * num_sequences)
     seconds, (_, tokens, forwards) = clock.times[until] - clock.started, clock.counts[until]
     lengths = [length for request in requests for length in request.max_tokens]
-    # A response of n tokens behind a prompt of p is in n / reveal forwards, in which it sees p + n/2 on average.
-    seen = [(len(request.prompt_ids) + length / 2, length) for request in requests for length in request.max_tokens]
     return {
         "mean_response": float(np.mean(lengths)),
         "longest_response": max(lengths),
         "mean_prompt": float(np.mean([len(request.prompt_ids) for request in requests])),
-        "mean_context": sum(context * length for context, length in seen) / sum(lengths),
+        "mean_context": mean_context(requests, min(engine.max_active, num_sequences), reveal),
         "tokens_per_second": tokens / seconds,
         "seconds": seconds,
         "mean_active": forwards / (until + 1),
@@ -321,6 +336,8 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--device", type=torch.device, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="JSON file for the results")
     arguments = parser.parse_args(argv)
+    if arguments.strategy == "dynamic" and family_of(arguments.shape).attention != "block":
+        parser.error(f"--strategy dynamic: got --shape {arguments.shape}, but canvases are measured with static alone")
     arguments.engine = arguments.engine or ("triton" if arguments.device.type == "cuda" else "torch")
     arguments.active = arguments.active or ([128] if family_of(arguments.shape).attention == "block" else [1, 32])
     arguments.dtype = torch.bfloat16 if arguments.device.type == "cuda" else torch.float32

@@ -3,7 +3,8 @@
 A CUDA graph has fixed sizes, so sizes are few and always rounded up. What the next step will need is not known when it is
 launched (the host is a step late), and need not be: an item that finds no place waits for the next step. So the capacities
 follow the averages of recent steps, and a step that happens to need more spreads its load over the next ones. Sequences that
-start together come apart in this way, until every step commits about as many blocks as the next.
+start together come apart in this way, until every step commits about as many blocks as the next. `Waits` sees to it that it is not
+always the same who wait.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import numpy as np
+
 ALL_FIT = 128
 """Rows of a forward up to which its time is that of reading the weights: there is place for every commit and every masked row."""
-HEAD_ROWS = 64
-"""Head rows are rounded up to a multiple of it."""
+HEAD_ROWS, HEAD_SIZES = 64, 16
+"""Head rows are rounded up to a multiple of HEAD_ROWS: to one that leaves not many more than HEAD_SIZES sizes up to all rows of the
+items. Else the average, which is never at rest, would ask for another graph at every step of large blocks."""
 MEMORY = 1 / 16
 """Weight of the newest step in the averages."""
 ROWS_OF_WEIGHTS, ROWS_OF_ATTENTION = 256, 2
@@ -22,6 +26,9 @@ ROWS_OF_WEIGHTS, ROWS_OF_ATTENTION = 256, 2
 contexts of 1,000, on an H200."""
 HEAD_MARGIN = 1.05
 """Head rows cost little: a step has so many times the average."""
+WAITS_MEMORY, OFTEN, MORE_THAN_OTHERS = 1 / 32, 1 / 8, 1.25
+"""Weight of the newest step in the share of steps that a sequence waited; from which share on it may come first; if that is so many
+times what all waited."""
 
 
 def item_bucket(num_items: int) -> int:
@@ -43,7 +50,8 @@ def commit_capacity(num_items: int, block_size: int, needed: float) -> int:
     """Places for commit items beside n denoising ones, where `needed` are needed on average.
 
     As many as go into the next whole number of rows; or, where most of these would only pad, into the one below: with c places
-    min(1, c / needed) of the work gets done, in a time that goes with the rows, (n + c) * B, and the attention of n items.
+    min(1, c / needed) of the work gets done, in a time that goes with the rows, (n + c) * B, and the attention of n items. One
+    where none go into either (large blocks, few items): somebody has to commit, so the rows are then what they are.
     """
 
     def rate(commits: int) -> float:
@@ -77,7 +85,8 @@ class Demand:
         self.num_steps_seen = 0
 
     def observe(self, num_ran: int, num_commits: int, num_masked: int) -> None:
-        """One step: items that took part, commit items and masked rows among them."""
+        """One step: items that took part, commit items among them, and the positions that they have masked behind it: what the next
+        step needs head rows for. A sequence that is done has none."""
         if not num_ran:
             return
         self.num_steps_seen += 1
@@ -90,5 +99,31 @@ class Demand:
         size, n = self.block_size, item_bucket(num_active)
         if 2 * n * size <= ALL_FIT:
             return Capacity(n, n, n * size)
-        head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // HEAD_ROWS) * HEAD_ROWS
+        multiple = HEAD_ROWS * max(1, n * size // (HEAD_SIZES * HEAD_ROWS))
+        head = -(-int(HEAD_MARGIN * self.masked * num_active + 1) // multiple) * multiple
         return Capacity(n, commit_capacity(n, size, self.commits * num_active), max(size, min(head, n * size)))
+
+
+class Waits:
+    """In which share of recent steps a sequence waited, by slot.
+
+    Places are given away in the order of the items, the longest first, so without this it would be the shortest that wait. Who
+    waited much more often than others comes before them; no more than these, for long items that start late make a step longer.
+    What counts is a share and not the newest step: that is known when the next one has been launched, in the order that it had.
+    """
+
+    def __init__(self, num_slots: int) -> None:
+        self.share = np.zeros(num_slots)
+
+    def begin(self, slots: list[int]) -> None:
+        """Somebody new is in these slots."""
+        self.share[slots] = 0.0
+
+    def observe(self, order: np.ndarray, stalled: np.ndarray) -> None:
+        """One step: the slots of its items, and which of these waited (bool)."""
+        self.share[order] += WAITS_MEMORY * (stalled - self.share[order])
+
+    def come_first(self, slots: np.ndarray) -> np.ndarray:
+        """bool, of the slots in flight: before all others."""
+        shares = self.share[slots]
+        return shares > max(OFTEN, MORE_THAN_OTHERS * shares.mean())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import gc
 import time
 from collections import OrderedDict
-from typing import Callable, Hashable
+from typing import Any, Callable, Hashable
 
 import torch
 
@@ -22,7 +22,7 @@ class CudaGraphs:
 
     def __init__(self, device: torch.device, limit: int = LIMIT) -> None:
         self.device, self.limit = device, limit
-        self.graphs: OrderedDict[Hashable, torch.cuda.CUDAGraph] = OrderedDict()
+        self.graphs: OrderedDict[Hashable, tuple[torch.cuda.CUDAGraph, Any]] = OrderedDict()  # and what it keeps
         self.pool = torch.cuda.graph_pool_handle()
         self.stream = torch.cuda.Stream(device)  # capturing needs one that is not the default
         self.num_captured, self.capture_seconds = 0, 0.0
@@ -33,10 +33,13 @@ class CudaGraphs:
     def replay(self, key: Hashable) -> None:
         """Queue the captured work on the current stream."""
         self.graphs.move_to_end(key)
-        self.graphs[key].replay()
+        self.graphs[key][0].replay()
 
-    def capture(self, key: Hashable, work: Callable[[], None]) -> None:
-        """Capture `work`. It is run once before that, for what it compiles and loads: it must do no harm."""
+    def capture(self, key: Hashable, work: Callable[[], None], keeps: Any = None) -> None:
+        """Capture `work`. It is run once before that, for what it compiles and loads: it must do no harm.
+
+        keeps: tensors of this graph, which are to live as long as it does.
+        """
         started = time.perf_counter()
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
@@ -60,7 +63,7 @@ class CudaGraphs:
         torch.cuda.current_stream(self.device).wait_stream(self.stream)
         while len(self.graphs) >= self.limit:
             self.graphs.popitem(last=False)
-        self.graphs[key] = graph
+        self.graphs[key] = graph, keeps
         self.num_captured += 1
         self.capture_seconds += time.perf_counter() - started
 

@@ -29,7 +29,7 @@ from models.decoder import Decoder
 from models.family import Family
 from sample import pages
 from sample.block import check_family, whole_length
-from sample.capacity import Demand, item_bucket
+from sample.capacity import Demand, Waits, item_bucket
 from sample.cuda_graphs import CudaGraphs
 from sample.engine import Engine, Request, SamplingSettings, make_rollout
 from sample.fused_forward import fused_forward
@@ -48,8 +48,11 @@ from sample.slots import DONE, RAN, STALLED, Plan
 
 PREFILL_TOKENS = 16_384
 """Of one prefill forward, unless a single prompt is longer."""
+SMALL_STEP = 2048
+"""Rows of a step whose activations find place in what is kept free for a prefill: that is about twice what it takes."""
 LOGITS = 2**29
-"""Entries of the logits that are there at a time: 2 GiB."""
+"""Entries of the logits that are there at a time: 2 GiB. More than in the other engines (sample/sampling.py), for the kernels make
+no further tensors of this size."""
 SORT_EVERY = 32
 """Steps after which the items are put in order of length again, should nothing else have changed."""
 
@@ -88,7 +91,7 @@ class PagedBlockEngine(Engine):
         lengths = [whole_length(request, n, settings) for request, n in samples]
         most_columns = max(request.limit(n, settings) for request, n in samples) + settings.block_size - 1
         needs = sorted((pages_of(length) for length in lengths), reverse=True)
-        wanted = 1 + sum(needs[:num_slots])
+        wanted = for_all = 1 + sum(needs[:num_slots])
         if self.cache_pages is not None:
             wanted = min(wanted, self.cache_pages)
             if wanted < 1 + needs[0]:
@@ -124,7 +127,11 @@ class PagedBlockEngine(Engine):
         copies = 2 if kernel_target(settings) is not None else 6
         longest_prompt = max(len(request.prompt_ids) for request, _ in samples) // settings.block_size * settings.block_size
         prefill = max(PREFILL_TOKENS, longest_prompt) * wide * dtype.itemsize
-        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits)
+        # A step's own stay in the graphs' pool, beside a prefill's. Every page has its part of them: where there are fewer, fewer
+        # sequences are in flight.
+        largest = Demand(settings.block_size, settings.num_steps).capacity(num_slots)
+        step_rows = max(0, (largest.items + largest.commits) * settings.block_size - SMALL_STEP)
+        self.cache.take(wanted, 1 + needs[0], prefill + copies * logits, step_rows * wide * dtype.itemsize // for_all)
         self.num_pages = min(wanted, self.cache.num_pages)
 
 
@@ -172,7 +179,7 @@ class Generation:
 
         self.order = np.zeros(0, dtype=np.int64)  # slots, as on the device
         self.order_age: int | None = None  # steps since it was made; None: make a new one
-        self.stalled = np.zeros(num_slots, dtype=bool)  # in the newest step that was read
+        self.waits = Waits(num_slots)
         self.launched: deque[np.ndarray] = deque()  # the orders of the steps that have not been read
         self.num_launched = 0
         self.state.slots.clear()  # also of what an interrupted call has left
@@ -207,6 +214,7 @@ class Generation:
                 copies.append(grant.copy)
         if admitted:
             self._start(admitted)
+            self.waits.begin([slot for slot, *_ in admitted])
             self._prefill(prefill)
             self.cache.copy(copies)
             self.order_age = None
@@ -299,10 +307,10 @@ class Generation:
         self.num_launched += 1
 
     def _sort(self) -> None:
-        """Items in order of length, the longest first: the programs that take longest start first. Before them those that found no
-        place: it is given away in this order, and nobody is to wait for long."""
+        """Items in order of length, the longest first: the programs that take longest start first. Before them those that often
+        found no place: it is given away in this order, and nobody is to wait much more often than others."""
         slots = np.array([slot for slot, who in enumerate(self.occupant) if who is not None])
-        self.order = slots[np.lexsort((-self.start[slots], ~self.stalled[slots]))]
+        self.order = slots[np.lexsort((-self.start[slots], ~self.waits.come_first(slots)))]
         padded = np.full(len(self.state.order), -1, dtype=np.int32)
         padded[: len(slots)] = self.order
         self.state.order.copy_(self._to_device(torch.from_numpy(padded)))
@@ -312,7 +320,7 @@ class Generation:
         """Capture the step, over an order without items: the run before the capture changes nothing."""
         before = self.graphs.capture_seconds
         self.state.order.fill_(-1)
-        self.graphs.capture(key, lambda: self._step(plan))
+        self.graphs.capture(key, lambda: self._step(plan), keeps=plan)
         self.order_age = None
         self.statistics.graphs += 1
         self.statistics.capture_seconds += self.graphs.capture_seconds - before
@@ -360,10 +368,10 @@ class Generation:
         self.statistics.sequence_forwards += num_ran
         self.statistics.commit_items += num_commits
         self.statistics.tokens += int(revealed[ran].sum())
-        stalled = order[what == STALLED]
-        self.statistics.stalled += len(stalled)
-        if len(stalled) or self.stalled.any():
-            self.stalled = np.isin(np.arange(len(self.stalled)), stalled)
+        stalled = what == STALLED
+        self.statistics.stalled += int(stalled.sum())
+        self.waits.observe(order, stalled)
+        if stalled.any():
             self.order_age = None
         self.demand.observe(num_ran, num_commits, int(masked[ran].sum()))
         self.commit[slots] = commit[ran]

@@ -54,25 +54,27 @@ class PagedCache:
     def matches(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> bool:
         return (self.config, self.dtype, self.device) == (config, dtype, device)
 
-    def take(self, wanted: int, least: int, reserve_bytes: int) -> None:
-        """Have `wanted` pages or as many as the free GPU memory allows. What is there already stays if it is all that is wanted, or
-        if it is enough, no more would fit now, and beside it there is what forwards need; else it is lost.
+    def take(self, wanted: int, least: int, reserve_bytes: int, bytes_beside_page: int = 0) -> None:
+        """Have `wanted` pages or as many as the free GPU memory allows. What is there already stays if it is enough, and all
+        that is wanted or no more would fit now, and beside it there is what forwards need; else it is lost.
 
-        reserve_bytes: what forwards need beside the cache. Raises UserError where fewer than `least` fit.
+        reserve_bytes: what forwards need beside the cache; bytes_beside_page: and for every page of it (of a cache that stays
+        the graphs hold that already). Raises UserError where fewer than `least` fit.
         """
-        if self.num_pages >= wanted:
+        free_now = lambda: torch.cuda.mem_get_info(self.device)[0]  # noqa: E731
+        if self.num_pages >= wanted and (self.memory is None or free_now() >= reserve_bytes):
             return
         if self.memory is None:
             self._use(torch.zeros(2 * self.config.num_layers, wanted, *self.page_shape, dtype=self.dtype, device=self.device))
             return
         torch.cuda.empty_cache()  # what torch holds without using it is not the driver's to map
-        beside, _ = torch.cuda.mem_get_info(self.device)
+        beside = free_now()
         free = beside + self.memory.num_bytes
         all_regions = 2 * self.config.num_layers * self.page_bytes
-        fitting = max(0, int(min(MEMORY_SHARE * free, free - reserve_bytes))) // all_regions
+        fitting = max(0, int(min(MEMORY_SHARE * free, free - reserve_bytes))) // (all_regions + bytes_beside_page)
         # Whole allocation units of a region: at most so many pages less than the memory has.
         fitting -= self.memory.granularity // self.page_bytes if fitting < wanted else 0
-        if self.num_pages >= max(least, fitting) and beside >= reserve_bytes:
+        if self.num_pages >= max(least, min(wanted, fitting)) and beside >= reserve_bytes:
             return
         if fitting < least:
             raise UserError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -44,7 +45,8 @@ class DeviceState:
         # On the host, for two steps in turn.
         self.host_status = [torch.zeros_like(self.status, device="cpu", pin_memory=pinned) for _ in range(2)]
         self.events = [torch.cuda.Event() if pinned else None for _ in range(2)]
-        self.plans: dict[tuple[int, int, int], Plan] = {}
+        # A plan goes with the last graph that has it.
+        self.plans: weakref.WeakValueDictionary[tuple[int, int, int], Plan] = weakref.WeakValueDictionary()
         self.constants: dict[SamplingSettings, Constants] = {}
 
     def serves(self, sizes: StateSizes, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> bool:
@@ -55,10 +57,11 @@ class DeviceState:
     def plan(self, capacity: Capacity) -> Plan:
         """All plans read their order from one place."""
         key = capacity.items, capacity.commits, capacity.head_rows
-        if key not in self.plans:
+        plan = self.plans.get(key)
+        if plan is None:
             plan = Plan.empty(*key, self.sizes.block_size, self.order.device)
-            self.plans[key] = dataclasses.replace(plan, order=self.order[: capacity.items])
-        return self.plans[key]
+            plan = self.plans[key] = dataclasses.replace(plan, order=self.order[: capacity.items])
+        return plan
 
     def constants_of(self, settings: SamplingSettings, vocab_size: int) -> Constants:
         if settings not in self.constants:

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Unit:
-    """Some samples of one request, at least one: who samples them prefills its prompt once."""
+    """Some samples of one request: who samples them prefills its prompt once. A queue hands out one at least; what an engine has
+    left of a unit may be none."""
 
     request: int
     """Index into the list of requests."""

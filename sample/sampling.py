@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 LOWEST = torch.finfo(torch.float32).min
 LOGITS_AT_A_TIME = 2**26
-"""Entries of the largest [rows, vocabulary] tensor: 256 MiB."""
+"""Entries of the largest [rows, vocabulary] tensor: 256 MiB, of several. The paged engine has a limit of its own."""
 
 
 @dataclass
@@ -116,7 +116,7 @@ def in_parts(
     logits_at_a_time: int | None = None,
 ) -> Draws:
     """`draw_some` of so many rows of hidden [M, D] and keys [M, 2] at a time that their logits stay small; it is also told the
-    number of its first row."""
+    number of its first row. logits_at_a_time: entries, LOGITS_AT_A_TIME where it is None."""
     at_a_time = max(1, (logits_at_a_time or LOGITS_AT_A_TIME) // vocab_size)
     firsts = range(0, len(hidden), at_a_time)
     parts = [draw_some(*some) for some in zip(hidden.split(at_a_time), keys.split(at_a_time), firsts)]

@@ -7,9 +7,9 @@ from train.memory_setup import Setup
 
 ENOUGH_IN_FLIGHT = 128
 """Sequences of a block model: twice as many gave 4% to 7% more tokens/s on an H200 (docs/results.md), not worth moving things."""
-PAGE, PREFILL_TOKENS, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2**29, 2**24, 20 * 2**26
+PAGE, PREFILL_TOKENS, SMALL_STEP, LOGITS, RESULT_POSITIONS, CANVAS_LOGITS_BYTES = 64, 16_384, 2048, 2**29, 2**24, 20 * 2**26
 MEMORY_SHARE, ROWS_AT_A_TIME = 0.9, 32_768
-"""Of the engines, in sample/: pages.py, paged_block.py (two), paged_state.py, canvas_cache.py; paged_cache.py,
+"""Of the engines, in sample/: pages.py, paged_block.py (three), paged_state.py, canvas_cache.py; paged_cache.py,
 canvas_cache.py. The rooms do not import each other; a test holds these equal."""
 
 
@@ -27,8 +27,12 @@ def engine_bytes(s: Setup) -> tuple[float, float, float]:
     results = 16 * columns * min(max(2 * slots, RESULT_POSITIONS // columns), 16 * slots)
     logits = 4 * min(LOGITS, slots * s.block_size * c.vocab_size)
     pages = 1 + -(-(length + s.block_size) // PAGE)
-    wide = 6 * c.intermediate_size + 4 * c.num_heads * c.head_dim + 8 * c.hidden_size
-    return results + logits, pages * PAGE * position, max(PREFILL_TOKENS, s.prompt) * wide * s.itemsize + 2 * logits
+    return results + logits, pages * PAGE * position, max(PREFILL_TOKENS, s.prompt) * _row_bytes(s) + 2 * logits
+
+
+def _row_bytes(s: Setup) -> int:
+    """The widest activations of a row of a block model."""
+    return s.itemsize * (6 * s.shape.intermediate_size + 4 * s.shape.num_heads * s.shape.head_dim + 8 * s.shape.hidden_size)
 
 
 def engine_wants(s: Setup) -> float:
@@ -42,4 +46,5 @@ def engine_wants(s: Setup) -> float:
         workspace += activations * (max(1.0, min(num_active, ROWS_AT_A_TIME / length)) - 1)
     else:
         num_active = min(num_active, ENOUGH_IN_FLIGHT)
+        workspace += max(0, 2 * num_active * s.block_size - SMALL_STEP) * _row_bytes(s)  # of a step in which each commits a block
     return graphs + (num_active * cache + workspace) / MEMORY_SHARE

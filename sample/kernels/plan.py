@@ -13,6 +13,9 @@ from sample.slots import Plan, Slots
 
 MOST_ITEMS, MOST_ROWS = 2**11, 2**18
 """A plan has fewer: the kernel keeps the commits among so many items, and the head rows among so many, in bits of one number."""
+AT_A_TIME = 2**13
+"""Places of all items together that a program counts at a time. Counting more takes minutes to compile, and registers that there
+are not."""
 
 
 def make_plan(slots: Slots, block_table: Tensor, plan: Plan) -> None:
@@ -97,6 +100,7 @@ def plan_kernel(
     PAGE_SIZE: tl.constexpr,
     ITEMS: tl.constexpr,  # n, rounded up to a power of two
     PLACES: tl.constexpr,  # B, rounded up to a power of two
+    STEP: tl.constexpr,  # of PLACES, how many are counted at a time
 ):
     """Program i writes what item i, commit item i and head rows [i*B, (i+1)*B) hold. Every program sums over all items for itself:
     that is less than what a second launch costs."""
@@ -112,8 +116,11 @@ def plan_kernel(
     commits = active & (tl.load(commit_ptr + slots, mask=there, other=0) != 0)
     commits_until = tl.cumsum(commits.to(tl.int32), 0)
     fits = active & ((commits_until <= c) | (commits == 0))
-    masked = tl.load(masked_ptr + slots[:, None] * SIZE + place[None, :], mask=fits[:, None] & is_place[None, :], other=0)
-    num_masked = tl.sum((masked != 0).to(tl.int32), 1)
+    num_masked = tl.zeros([ITEMS], tl.int32)
+    for first in range(0, PLACES, STEP):
+        some = first + tl.arange(0, STEP)
+        masked = tl.load(masked_ptr + slots[:, None] * SIZE + some[None, :], mask=fits[:, None] & (some < SIZE)[None, :], other=0)
+        num_masked += tl.sum((masked != 0).to(tl.int32), 1)
     head_end = tl.cumsum(num_masked, 0)
     runs = fits & (head_end <= h)
     num_head = tl.sum(tl.where(runs, num_masked, 0), 0)
@@ -191,6 +198,7 @@ def make_plan_kernel(slots: Slots, block_table: Tensor, plan: Plan) -> None:
         *(plan.head_rows, plan.row_keys, plan.draw_of, plan.num_head),
     )
     assert all(x.is_contiguous() for x in (plan.order, *state, *made))
+    num_items, num_places = triton.next_power_of_2(n), triton.next_power_of_2(size)
     plan_kernel[(n,)](
         plan.order,
         *state,
@@ -202,7 +210,8 @@ def make_plan_kernel(slots: Slots, block_table: Tensor, plan: Plan) -> None:
         plan.head_rows.shape[0],
         SIZE=size,
         PAGE_SIZE=PAGE,
-        ITEMS=triton.next_power_of_2(n),
-        PLACES=triton.next_power_of_2(size),
+        ITEMS=num_items,
+        PLACES=num_places,
+        STEP=max(1, min(num_places, AT_A_TIME // num_items)),
         num_warps=4,
     )

@@ -182,9 +182,30 @@ def test_the_realistic_run(capsys: Any):
     requests = rollout.realistic_requests("tiny", shrink=64)
     tokens = sum(-(-(len(r.prompt_ids) + n) // 4) * 4 - len(r.prompt_ids) for r in requests for n in r.max_tokens)
     assert result["statistics"]["tokens"] == tokens, "a response ends at its own length"
-    contexts = [[len(r.prompt_ids) + step / 2 for step in range(2 * n)] for r in requests for n in r.max_tokens]
-    assert result["mean_context"] == pytest.approx(np.mean(np.concatenate(contexts)), abs=0.3)
+    assert result["mean_context"] == rollout.mean_context(requests, 128, 2)
     assert result["statistics"]["sequences"] == 1024 and result["seconds"] < result["whole_seconds"]
+
+
+def test_dynamic_decoding_is_of_block_models(capsys: Any):
+    with pytest.raises(SystemExit):
+        rollout.main(["--shape", "tiny-full", "--device", "cpu", "--strategy", "dynamic"])
+    assert "--strategy dynamic: got --shape tiny-full" in capsys.readouterr().err
+
+
+def test_the_context_is_that_until_a_tenth_is_left():
+    """Behind prompts of 10, one response of 40 tokens and nine of 4."""
+    long, short = Request("long", [0] * 10, 1, (40,)), Request("short", [0] * 10, 9, (4,) * 9)
+    assert rollout.mean_context([short, long], 1, 2) == 12  # the long one has not begun
+    assert rollout.mean_context([long, short], 1, 2) == pytest.approx((40 * 30 + 8 * 4 * 12) / 72)  # the last is not there
+    assert rollout.mean_context([long, short], 2, 2) == pytest.approx((36 * 28 + 9 * 4 * 12) / 72)  # the long one has had 36
+    requests = rollout.realistic_requests("tiny")
+    waiting = [(len(r.prompt_ids), n) for r in requests for n in r.max_tokens][::-1]
+    in_flight, contexts = [], []  # [context, tokens left]
+    while len(waiting) + len(in_flight) > 102:
+        in_flight += [list(waiting.pop()) for _ in range(min(len(waiting), 128 - len(in_flight)))]
+        contexts += [context for context, _ in in_flight]
+        in_flight = [[context + 2, left - 2] for context, left in in_flight if left > 2]
+    assert rollout.mean_context(requests, 128, 2) == pytest.approx(np.mean(contexts), abs=1.5)
 
 
 def test_canvases(tmp_path: Any, capsys: Any):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import random
@@ -15,13 +16,14 @@ import torch
 from common.errors import UserError
 from models.decoder import Decoder
 from models.registry import FAMILIES
-from sample import paged_block, paged_state
+from sample import cuda_graphs, paged_block, paged_state
 from sample.block import BlockEngine
-from sample.capacity import Capacity, Demand, commit_capacity, item_bucket, whole_rows
+from sample.capacity import Capacity, Demand, Waits, commit_capacity, item_bucket, whole_rows
 from sample.engine import Request, SamplingSettings, build_engine
 from sample.kernels import plan
 from sample.paged_block import PagedBlockEngine
 from sample.paged_cache import PagedCache
+from sample.paged_state import DeviceState, StateSizes
 from sample.pages import PAGE, pages_of
 from sample.queue import ListQueue, Unit
 from sample.slots import Plan, Slots
@@ -159,6 +161,21 @@ def test_memory_is_kept_free_for_the_largest_prefill(monkeypatch: pytest.MonkeyP
     assert kept == [40 * row + logits, 60 * row + logits]
 
 
+def test_memory_is_kept_free_for_large_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """32 sequences of blocks of 64, four steps a block: 40 x 64 rows, of which 2,048 need none. Each has its 3 pages' part."""
+    kept = []
+    take = PagedCache.take
+    monkeypatch.setattr(PagedCache, "take", lambda self, *args: kept.append(args[3]) or take(self, *args))
+    s = settings(block_size=64, steps_per_block=4, max_tokens=64)
+    requests = random_requests([65], num_samples=32)
+    row = 4 * (6 * 48 + 4 * 4 * 8 + 8 * 32)
+    for cache_pages in (None, 10):  # that there are fewer pages, each for as many rows, changes nothing
+        PagedBlockEngine(random_decoder(), SDAR, cache_pages=cache_pages).generate(requests, s)
+        assert kept.pop() == (40 * 64 - 2048) * row // (1 + 32 * 3)
+    PagedBlockEngine(random_decoder(), SDAR).generate(requests, dataclasses.replace(s, block_size=4, steps_per_block=1))
+    assert kept == [0]
+
+
 def test_results_are_fetched_when_their_rows_run_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(paged_state, "RESULT_POSITIONS", 1)
     engine = PagedBlockEngine(random_decoder(), SDAR, max_active=2)
@@ -238,7 +255,12 @@ def test_a_queue_says_what_is_sampled() -> None:
 def test_no_more_are_in_flight_than_a_plan_has_numbers_for(size: int, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
     assert paged_block.most_in_flight(size) == most == item_bucket(most)
     launched = []
-    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **options: launched.append(grid)})()
+
+    def launch(grid: tuple[int], options: dict) -> None:
+        launched.append(grid)
+        assert options["ITEMS"] * options["STEP"] <= plan.AT_A_TIME  # or compiling it takes minutes
+
+    kernel = type("Kernel", (), {"__getitem__": lambda self, grid: lambda *args, **options: launch(grid, options)})()
     monkeypatch.setattr(plan, "plan_kernel", kernel)
     monkeypatch.setattr(plan, "triton", SimpleNamespace(next_power_of_2=lambda n: 1 << (n - 1).bit_length()))
 
@@ -336,7 +358,7 @@ def test_capacities_settle_on_what_is_needed(steps: int, together: bool) -> None
 
 @pytest.mark.parametrize("size, active, reveal", [(16, 256, 2), (32, 256, 2), (64, 128, 2), (64, 256, 4)])
 def test_large_blocks_leave_nobody_waiting(size: int, active: int, reveal: int) -> None:
-    """Whose masked rows have more logits than there are at a time."""
+    """There are head rows for all that is masked, however much that is."""
     begun = [n % (size // reveal) for n in range(active)]
     ran, rows = simulated(size, active, lambda n, left: reveal, begun)
     assert sum(ran[200:]) > 0.99 * 200 * active
@@ -364,24 +386,90 @@ def test_random_reveals_are_served_as_by_the_best_number_of_places(chance: float
     assert ours > 0.99 * max(fixed) and max(fixed) > 1.09 * sorted(fixed)[1]
 
 
+def test_no_sequence_waits_much_more_often_than_others() -> None:
+    """On the engine, where every fifth sequence waits: the share of steps in which each, of a length of its own, takes part."""
+    size, active, chance = 4, 64, 0.8
+
+    class Enough(Exception):
+        pass
+
+    engine, steps = PagedBlockEngine(random_decoder(), SDAR, max_active=active), []
+
+    def stop(*counts: int) -> None:
+        steps.append(counts)
+        if len(steps) > 200:
+            raise Enough
+
+    s = settings(
+        **dict(block_size=size, strategy="low_confidence_dynamic", target="random", threshold=1 - chance),
+        **dict(max_tokens=200 * size, stop_ids=()),
+    )
+    with pytest.raises(Enough):
+        engine.generate(random_requests([size * n for n in range(1, active + 1)]), s, progress=stop)
+    shares = engine.device_state.slots.forwards[:active] / 200
+    assert engine.statistics.stalled > 0.1 * 200 * active
+    assert shares.min() > 0.9 * shares.mean() and shares.min() > 0.7 * shares.max()
+
+
+@pytest.mark.parametrize("size, active", [(4, 128), (4, 256), (32, 256), (64, 128), (64, 256)])
+def test_graphs_are_few(size: int, active: int) -> None:
+    """Of 12 blocks each, random reveals, until the last is done, in two calls: the second finds nearly all of its graphs."""
+    sizes: list[set[tuple[int, int, int]]] = []
+    for seed in range(2):
+        rng, demand, sizes = np.random.default_rng(seed), Demand(size, size), [*sizes, set()]
+        left = np.full(active, 12 * size)
+        while (in_flight := left[left > 0]).size:
+            capacity = demand.capacity(len(in_flight))
+            sizes[-1].add(dataclasses.astuple(capacity))
+            masked = (in_flight - 1) % size + 1
+            revealed = np.maximum(1, rng.binomial(masked, 0.1))
+            left[left > 0] -= revealed
+            demand.observe(len(in_flight), int((revealed == masked).sum()), int(masked.sum()))
+    assert len(sizes[0] | sizes[1]) < 0.7 * cuda_graphs.LIMIT and len(sizes[1] - sizes[0]) < 10
+
+
+def test_plans_go_with_their_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = SimpleNamespace(wait_stream=lambda other: None, synchronize=lambda: None)
+    graph = SimpleNamespace(capture_begin=lambda **options: None, capture_end=lambda: None)
+    fakes = dict(graph_pool_handle=lambda: 0, Stream=lambda device: stream, current_stream=lambda device: stream)
+    for name, fake in (fakes | dict(stream=lambda s: contextlib.nullcontext(), CUDAGraph=lambda: graph)).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    graphs = cuda_graphs.CudaGraphs(torch.device("cuda"), limit=3)
+    state = DeviceState(StateSizes(8, 4, 1, 8), random_decoder().config, torch.float32, torch.device("cpu"))
+    for commits in range(1, 9):
+        for settings_of in ("one call", "another") if commits == 8 else ("one call",):
+            plan = state.plan(Capacity(8, commits, 32))
+            graphs.capture((settings_of, commits), lambda: None, keeps=plan)
+            assert state.plan(Capacity(8, commits, 32)) is plan  # as long as a graph holds its addresses
+    del plan
+    assert sorted(commits for _, commits, _ in state.plans) == [7, 8]
+
+    engine = PagedBlockEngine(random_decoder(), SDAR, max_active=6)
+    engine.generate(random_requests([5, 9, 3, 8, 12, 7]), settings())
+    assert not engine.device_state.plans
+
+
 def simulated(
     size: int, active: int, reveal: Callable[[int, int], int], begun: list[int], ran_of: np.ndarray | None = None
 ) -> tuple[list[int], list[int]]:
-    """400 steps of the capacities, under the rule of `make_plan` and the engine's order: how many ran in each, and its rows.
+    """400 steps of the capacities, under the rule of `make_plan` and the engine's order: how many ran in each, and its rows. As in
+    the engine, what a step did is known when the next one has been launched; the earlier sequences are the longer ones.
 
     reveal: (sequence, masked tokens of its block) -> how many of them a forward reveals; begun: forwards that its block has had."""
-    demand = Demand(size, size)
+    demand, waits = Demand(size, size), Waits(active)
+    everyone = np.arange(active)
+    not_read = None
     left = [size] * active
     for n, forwards in enumerate(begun):
         for _ in range(forwards):
             left[n] -= min(left[n], reveal(n, left[n]))
-    commit, stalled = [False] * active, [False] * active
+    commit = [False] * active
     ran, rows = [], []
     for _ in range(400):
         capacity = demand.capacity(active)
         commits_left, head_left, num_ran, num_commits, num_masked = capacity.commits, capacity.head_rows, 0, 0, 0
-        order = sorted(range(active), key=lambda n: not stalled[n])
-        stalled = [True] * active
+        order = np.argsort(~waits.come_first(everyone), kind="stable")
+        stalled = np.ones(active, dtype=bool)
         for n in order:
             if commit[n] and not commits_left:
                 continue
@@ -398,7 +486,10 @@ def simulated(
             left[n] -= min(left[n], reveal(n, left[n]))
             commit[n] = not left[n]
             left[n] = left[n] or size
-        demand.observe(num_ran, num_commits, num_masked)
+        if not_read is not None:
+            demand.observe(*not_read[0])
+            waits.observe(everyone, not_read[1])
+        not_read = (num_ran, num_commits, num_masked), stalled
         ran.append(num_ran)
         rows.append((capacity.items + capacity.commits) * size)
     return ran, rows

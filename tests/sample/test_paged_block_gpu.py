@@ -19,7 +19,7 @@ from models.checkpoint import load_pretrained
 from models.decoder import Decoder
 from models.family import DecoderConfig
 from models.registry import FAMILIES
-from sample import noise
+from sample import noise, paged_block
 from sample.block import BlockEngine
 from sample.device_memory import DeviceMemory
 from sample.engine import Request, SamplingSettings
@@ -130,6 +130,17 @@ def test_large_blocks_equal_the_eager_engine(size: int, strategy: str) -> None:
     apart = compare(decoder, requests, engine.generate(requests, s), BlockEngine(decoder, SDAR, 40).generate(requests, s), s)
     print(f"{apart} of {2 * len(requests)} sequences differ behind a near tie")
     assert apart <= 1 and engine.statistics.commit_items > 2 * len(requests) and len(engine.graphs.graphs) > 1
+
+
+@pytest.mark.parametrize("decoding", [{}, dict(top_k=5, top_p=0.9)])
+def test_logits_in_parts(decoding: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 50 rows at a time; torch's own sampling draws also for rows that nobody has."""
+    monkeypatch.setattr(paged_block, "LOGITS", 50 * 24)
+    decoder = random_decoder(3, **SMALL).to(CUDA)
+    s, requests = settings(strategy="low_confidence_dynamic", threshold=0.3, **decoding), requests_of(40, 100, 22)
+    engine = PagedBlockEngine(decoder, SDAR, max_active=50)
+    apart = compare(decoder, requests, engine.generate(requests, s), BlockEngine(decoder, SDAR, 80).generate(requests, s), s)
+    assert apart <= 1 and max(head_rows for *_, head_rows in engine.graphs.graphs) > 100
 
 
 def test_golden_generation() -> None:

@@ -39,6 +39,9 @@ def test_as_many_pages_as_are_wanted_or_fit(books: Books, cache: PagedCache) -> 
     cache.release()
     cache.take(100, 3, 20 * GRANULE)  # 44 granules are 22 pages
     assert cache.num_pages == 20
+    cache.release()
+    cache.take(100, 3, 20 * GRANULE, 2 * GRANULE)  # two granules a page, and as much for its sequence's rows: 11 less two
+    assert cache.num_pages == 10  # whole granules
 
 
 def test_too_little_memory_is_refused_with_the_numbers(books: Books, cache: PagedCache) -> None:
@@ -70,7 +73,7 @@ def test_what_is_there_stays_where_no_more_would_fit(books: Books, cache: PagedC
     cache.regions.fill_(7)
     cache.take(100, 3, 0)
     cache.take(200, 26, 4 * GRANULE)
-    cache.take(26, 3, 60 * GRANULE)  # all that is wanted
+    cache.take(26, 3, 12 * GRANULE)  # all that is wanted
     assert (cache.num_pages, mapped()) == (26, 4) and (cache.regions == 7).all() and "cuMemUnmap" not in books.calls
 
     books.size += GRANULE // 4  # 57.8 granules, still 28 pages less two
@@ -90,6 +93,19 @@ def test_what_is_there_stays_where_no_more_would_fit(books: Books, cache: PagedC
     assert (cache.num_pages, mapped()) == (28, 16)
     cache.release()
     assert books.room == books.size and cache.num_pages == 0
+
+
+def test_what_is_there_makes_room_for_what_forwards_need(books: Books, cache: PagedCache) -> None:
+    """Also where it is all that is wanted: many sequences, then one that is longer to compute."""
+    cache.take(26, 3, 0)
+    assert cache.num_pages == 26 and books.room == 12 * GRANULE
+    with pytest.raises(UserError, match=r"\(3 pages of"):
+        cache.take(26, 3, 60 * GRANULE)
+    cache.take(26, 3, 40 * GRANULE)  # 24 granules, 12 pages less two
+    assert cache.num_pages == 10 and books.room >= 40 * GRANULE
+    mapped = books.calls.count("cuMemMap")
+    cache.take(5, 3, 44 * GRANULE)  # as much as is free: nothing changes
+    assert cache.num_pages == 10 and books.calls.count("cuMemMap") == mapped
 
 
 def test_an_interrupt_behind_the_driver_is_no_loss(books: Books, cache: PagedCache, monkeypatch: pytest.MonkeyPatch) -> None:

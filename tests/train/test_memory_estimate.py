@@ -160,6 +160,7 @@ def test_fused_kernels_keep_less_by_hand():
 def test_constants_of_the_other_rooms():
     assert memory_engine.PAGE == pages.PAGE
     assert memory_engine.PREFILL_TOKENS == paged_block.PREFILL_TOKENS
+    assert memory_engine.SMALL_STEP == paged_block.SMALL_STEP
     assert memory_engine.RESULT_POSITIONS == paged_state.RESULT_POSITIONS
     assert memory_engine.LOGITS == paged_block.LOGITS
     assert memory_engine.CANVAS_LOGITS_BYTES == canvas_cache.LOGITS_BYTES
@@ -388,6 +389,10 @@ def test_who_is_offloaded_is_chosen_by_what_the_engine_wants():
         assert memory_engine.engine_wants(more) - graphs - workspace / 0.9 == pytest.approx(
             128 * 45 * 64 * 2 * 36 * 8 * 128 * 2 / 0.9
         )
+    blocks_of_64 = dataclasses.replace(s, block_size=64, response=s.response - 60)  # the same pages; 8,192 rows of a step
+    graphs, cache, workspace = memory_engine.engine_bytes(blocks_of_64)
+    step = (8192 - 2048) * 2 * (6 * EIGHT_B.intermediate_size + 4 * 32 * 128 + 8 * 4096)
+    assert memory_engine.engine_wants(blocks_of_64) == pytest.approx(graphs + (64 * cache + workspace + step) / 0.9)
     fixed = memory_items.outside(s) + 2 * n + wants
     value, optimizer = critic * (2 + 12 / 8), n * 12 / 8
     for gpu_bytes, who in (

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sample import noise
+from sample.kernels import plan as plan_module
 from sample.kernels.plan import make_plan, make_plan_reference
 from sample.pages import PAGE
 from sample.slots import Plan, Slots
@@ -108,6 +109,22 @@ def test_kernel_equals_reference(size: int, device: torch.device) -> None:
             assert_equal(ours, theirs)
             stalled += int((slots.active[plan.order[plan.order >= 0].long()]).sum() - theirs.runs.sum())
     assert stalled > 0
+
+
+@pytest.mark.parametrize("size, at_a_time", [(3, 16), (8, 32), (16, 1)])
+def test_places_are_counted_some_at_a_time(
+    size: int, at_a_time: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 9 items, in a tile of 16: one place at a time, the last of four being nobody's; two; and no less than one."""
+    monkeypatch.setattr(plan_module, "AT_A_TIME", at_a_time)
+    slots, table = random_slots(12, size, 5)
+    for commits, head_rows in [(9, 9 * size), (3, 9 * size), (4, 4 * size)]:
+        plan = Plan.empty(9, commits, head_rows, size, "cpu")
+        plan.order.copy_(random_order(9, 12, 5))
+        ours = on(device, plan)
+        make_plan(on(device, slots), table.to(device), ours)
+        make_plan_reference(slots, table, plan)
+        assert_equal(ours, plan)
 
 
 def test_many_items(device: torch.device) -> None:
