@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +14,7 @@ from safetensors.torch import load_file, save_file
 import models.checkpoint as checkpoint
 from common.errors import UserError
 from models.checkpoint import find_directory, load_pretrained, save_pretrained
-from models.config_json import keys_of_shape
+from models.config_json import decoder_shape, keys_of_shape
 from models.names import check_models
 from models.registry import FAMILIES
 from models.tiny import build_tiny
@@ -243,6 +245,39 @@ def test_null_numbers(config_only, key):
     with_default = key == "rope_theta" and family not in ("llada", "mmada")  # rope_parameters, or the usual one
     said = "no .safetensors file" if with_default else f"{path}/config.json: {key} is None, must be a number above 0: mend it"
     assert said in refusal(path, family)
+
+
+def test_a_family_that_reads_nulls_and_checks_its_shape():
+    """A plugin's functions are asked as their author meant them: with the file as it stands, and of shapes that a model may have."""
+
+    def decoder_config(config):
+        if config["rope_scaling"] is not None:
+            raise UserError("rope_scaling is not supported: set it to null")
+        return usual.decoder_config(config)
+
+    def config_json(c):
+        assert c.hidden_size == c.num_heads * c.head_dim and c.num_heads % c.num_kv_heads == 0 and c.head_dim % 2 == 0
+        if is_picky:
+            raise ValueError("of my own sizes alone")
+        return usual.config_json(c)
+
+    usual = FAMILIES.get("sdar")
+    whole = {**build_tiny(usual).config, "rope_scaling": None}
+    for is_picky in (False, True):
+        family = replace(usual, name=f"picky-{is_picky}", decoder_config=decoder_config, config_json=config_json)
+        assert decoder_shape(family, whole, "x/config.json") == decoder_shape(usual, whole, "x/config.json")
+        for changes, said in [
+            ({"rope_scaling": {"factor": 2}}, "x/config.json: rope_scaling is not supported: set it to null"),
+            ({"num_hidden_layers": 0}, f"x/config.json: num_{'' if is_picky else 'hidden_'}layers is 0, must be a whole number above"),
+        ]:
+            with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+                decoder_shape(family, {**whole, **changes}, "x/config.json")
+    assert {field: keys_of_shape(usual)[field] for field in ("hidden_size", "num_kv_heads", "head_dim", "rope_theta")} == {
+        "hidden_size": ["hidden_size"],
+        "num_kv_heads": ["num_key_value_heads"],
+        "head_dim": ["head_dim"],
+        "rope_theta": ["rope_theta"],
+    }
 
 
 def test_heads_that_do_not_divide(config_only):
