@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     if writes_the_run(link):
         make_missing_model(config)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
-        check_models(config, uses_judge=True)
+        check_models("rl", config)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("rl", config, sys.argv[0], argv, link)
     rl = RLRun(config, tasks, eval_tasks)
     try:
         for step in range(rl.run.step + 1, config.experiment.total_step + 1):

@@ -32,8 +32,7 @@ def read_object(file: Path, advice: str = "mend it") -> dict[str, Any]:
 
 @functools.cache
 def keys_of_shape(family: Family) -> dict[str, list[str]]:
-    """{field of DecoderConfig: the family's keys of config.json for it}, of those that are numbers; none where the family cannot say
-    them."""
+    """{field of DecoderConfig: the family's keys of config.json for it}, of those that are numbers; none where it cannot say."""
     try:
         keys = family.config_json(MARKED)
     except Exception:  # a user's function, of a shape that the user never gave: the keys only word messages

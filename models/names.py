@@ -22,13 +22,22 @@ def no_directory(name: str, setting: str, made_by: str | None = None) -> UserErr
     return UserError(f"{setting}: no directory {name}: `python {script} config={made_by}` makes it, or give an existing directory")
 
 
-def check_models(config: Any, uses_judge: bool = False) -> None:
-    """Raises UserError where a model of the config can be nothing but a directory that is not here. uses_judge: whether answers
-    are graded by the model that `model.process_reward_model` names, in this process."""
-    model = config.model
-    names = {"pretrained_model": model.pretrained_model, "value_base_model": model.value_base_model}
-    if uses_judge and config.reward.judge.base_url is None:
-        names["process_reward_model"] = model.process_reward_model
-    for key, name in names.items():
-        if name not in (None, TINY_RANDOM) and is_path(name) and not Path(name).expanduser().exists():
-            raise no_directory(name, f"model.{key}", model.prepare_config if key == "pretrained_model" else None)
+def models_read(job: str, config: Any) -> dict[str, str]:
+    """{key of `model`: name} of the models that the processes of a job read."""
+    from reward.registry import REWARDS
+
+    keys = ["pretrained_model"]
+    if job == "rl":
+        keys.append("value_base_model")
+    # An evaluation asks the judge only where nothing else scores (reward/scoring.py); an endpoint's model is not ours to read.
+    is_judged = job == "rl" or (job == "eval" and not REWARDS.get(config.dataset.data_type).has_outcome)
+    if is_judged and config.reward.judge.base_url is None:
+        keys.append("process_reward_model")
+    return {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}
+
+
+def check_models(job: str, config: Any) -> None:
+    """Raises UserError where a model that the job reads can be nothing but a directory that is not here."""
+    for key, name in models_read(job, config).items():
+        if name != TINY_RANDOM and is_path(name) and not Path(name).expanduser().exists():
+            raise no_directory(name, f"model.{key}", config.model.prepare_config if key == "pretrained_model" else None)

@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None, link: Link | None = None, model_base: st
         return
     data = load_data(config)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
-        check_models(config)
+        check_models("sft", config)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("sft", config, sys.argv[0], argv, link)
     sft = SFTRun(config, data)
     try:
         while sft.run.step < sft.run.total_steps:

@@ -148,20 +148,31 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
     def config(judge_url=None, **model):
         names = dict.fromkeys(["pretrained_model", "value_base_model", "process_reward_model", "prepare_config"])
         return SimpleNamespace(
-            model=SimpleNamespace(**{**names, **model}), reward=SimpleNamespace(judge=SimpleNamespace(base_url=judge_url))
+            model=SimpleNamespace(**{**names, **model}),
+            reward=SimpleNamespace(judge=SimpleNamespace(base_url=judge_url)),
+            dataset=SimpleNamespace(data_type=data_type),
         )
 
-    gone = f"{tmp_path}/gone"
+    data_type, gone = "math", f"{tmp_path}/gone"
     for good in ["tiny-random", "owner/name", "gpt2", str(tmp_path)]:
-        check_models(config(pretrained_model=good, value_base_model=good, process_reward_model=good), uses_judge=True)
-    check_models(config(pretrained_model="owner/name", process_reward_model=gone))
-    check_models(config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone), uses_judge=True)
-    for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
+        check_models("rl", config(pretrained_model=good, value_base_model=good, process_reward_model=good))
+    check_models("rl", config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone))
+    for job in ["eval", "sft"]:  # which train no value model, and need no judge where answers are compared
+        check_models(job, config(pretrained_model="owner/name", value_base_model=gone, process_reward_model=gone))
+
+    def refused(job, key):
         with pytest.raises(UserError, match=f"^model.{key}: no directory {gone}: give an existing directory or a hub name"):
-            check_models(config(**{"pretrained_model": "owner/name", key: gone}), uses_judge=True)
+            check_models(job, config(**{"pretrained_model": "owner/name", key: gone}))
+
+    for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
+        refused("rl", key)
+    refused("eval", "pretrained_model")
+    refused("sft", "pretrained_model")
+    data_type = "judge"
+    refused("eval", "process_reward_model")
     for made_by, command in [("configs/rl_tiny.yaml", "rl.py"), ("configs/sft_tiny.yaml", "train/sft.py")]:
         with pytest.raises(UserError, match=f"no directory {gone}: `python {command} config={made_by}` makes it"):
-            check_models(config(pretrained_model=gone, prepare_config=made_by))
+            check_models("rl", config(pretrained_model=gone, prepare_config=made_by))
 
 
 def test_the_setting_that_named_the_path_is_blamed(tmp_path):
@@ -248,7 +259,7 @@ def test_null_numbers(config_only, key):
 
 
 def test_a_family_that_reads_nulls_and_checks_its_shape():
-    """A plugin's functions are asked as their author meant them: with the file as it stands, and of shapes that a model may have."""
+    """A plugin's functions are asked as their author meant them: of the file as it stands, of shapes that a model may have."""
 
     def decoder_config(config):
         if config["rope_scaling"] is not None:
@@ -268,7 +279,7 @@ def test_a_family_that_reads_nulls_and_checks_its_shape():
         assert decoder_shape(family, whole, "x/config.json") == decoder_shape(usual, whole, "x/config.json")
         for changes, said in [
             ({"rope_scaling": {"factor": 2}}, "x/config.json: rope_scaling is not supported: set it to null"),
-            ({"num_hidden_layers": 0}, f"x/config.json: num_{'' if is_picky else 'hidden_'}layers is 0, must be a whole number above"),
+            ({"num_hidden_layers": 0}, f"x/config.json: {'num_layers' if is_picky else 'num_hidden_layers'} is 0, must be a whole"),
         ]:
             with pytest.raises(UserError, match=f"^{re.escape(said)}"):
                 decoder_shape(family, {**whole, **changes}, "x/config.json")
