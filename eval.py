@@ -37,7 +37,7 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
         directory, name = RunDir(config.experiment.project), results_name(config)
         directory.results_lock(name).check()
         directory.check_results(config, name)
-    tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+    tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type, config.reward.function)
     check_function(config.reward)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
         check_models("eval", config)

@@ -57,14 +57,15 @@ def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
     from reward.registry import check_function
 
     check_function(config.reward)
-    tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)
+    scoring = config.dataset.data_type, config.reward.function
+    tasks = load_tasks(config.dataset.train_dataset, *scoring)
     if config.rollout.num_task_per_step > len(tasks):
         raise UserError(
             f"rollout.num_task_per_step: got {config.rollout.num_task_per_step}, but dataset.train_dataset, "
             f"{config.dataset.train_dataset}, has {len(tasks)} tasks, and no step takes one twice: ask for fewer"
         )
     evaluates = config.evaluation.if_eval and config.dataset.eval_dataset
-    return tasks, load_tasks(config.dataset.eval_dataset, config.dataset.data_type) if evaluates else None
+    return tasks, load_tasks(config.dataset.eval_dataset, *scoring) if evaluates else None
 
 
 def make_missing_model(config: Any) -> None:

@@ -108,7 +108,7 @@ def check(config: Config, job: str) -> None:
     check_training(config, job)
     check_training_blocks(config, job)
     check_lora(config, job)
-    if job != "sft":
+    if job == "rl" or _evaluates(config, job):
         _check_judge(config)
     if job == "rl":
         _check_rl(config)
@@ -214,9 +214,12 @@ def _decodings(config: Config, job: str) -> Iterator[tuple[str, Any]]:
     """The decodings that the job samples with, and the sections that they are from."""
     if job == "rl":
         yield "rollout", config.rollout
-    evaluates = job == "eval" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None)
-    for variant in config.evaluation.variants() if evaluates else []:
+    for variant in config.evaluation.variants() if _evaluates(config, job) else []:
         yield "evaluation", variant
+
+
+def _evaluates(config: Config, job: str) -> bool:
+    return job == "eval" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None)
 
 
 def _check_decoding(config: Config, job: str) -> None:
@@ -310,13 +313,15 @@ def _check_canvas(section: str, d: Any) -> None:
 
 def _check_judge(config: Config) -> None:
     from reward.judge_client import split_url
+    from reward.registry import scoring_reward
 
     judge, lengths = config.reward.judge, config.rollout.reward_model
+    data_type, function = config.dataset.data_type, config.reward.function
     if judge.base_url is None and config.model.process_reward_model is None:
-        if config.dataset.data_type == "judge":
-            raise UserError(
-                "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.process_reward_model"
-            )
+        scoring = scoring_reward(data_type, function)
+        if scoring is not None and not scoring.has_outcome:
+            key, name = ("dataset.data_type", data_type) if function is None else ("reward.function", function)
+            raise UserError(f"{key}: got {name!r}, but there is none: set reward.judge.base_url, or model.process_reward_model")
         return
     if judge.base_url is not None:
         split_url(judge.base_url)

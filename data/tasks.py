@@ -16,7 +16,7 @@ import numpy as np
 
 from common.errors import UserError
 from common.records import Task
-from reward.registry import REWARDS
+from reward.registry import REWARDS, scoring_reward
 
 DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".json", ".jsonl", ".parquet")
@@ -125,24 +125,33 @@ def _json_lines(path: Path) -> Iterator[Any]:
 # ---- tasks -------------------------------------------------------------------------------------------------------------
 
 
-def load_tasks(name_or_path: str | os.PathLike, data_type: str, folder: str | os.PathLike = DATA_DIR) -> list[Task]:
-    """The tasks of a data set, each record checked against what the reward of `data_type` needs.
+def load_tasks(
+    name_or_path: str | os.PathLike, data_type: str, function: str | None = None, folder: str | os.PathLike = DATA_DIR
+) -> list[Task]:
+    """The tasks of a data set, each record checked against what the reward of `data_type` needs, and where `function` (the setting
+    reward.function) names another reward, against what that one needs, whose answers count then.
 
     Ids are the records' own (`id` or `task_id`), else NAME:INDEX, counted from 0. Raises UserError with the file, the number of
     the record (counted from 1) and the field.
     """
-    reward = REWARDS.get(data_type, "dataset.data_type")
+    needing = {f"dataset.data_type={data_type}": REWARDS.get(data_type, "dataset.data_type")}
+    scoring = scoring_reward(data_type, function)
+    if function is not None and scoring is not None:
+        needing[f"reward.function={function}"] = scoring
+    answer_field = None
+    for reward in needing.values():
+        answer_field = reward.answer_field or answer_field
     path = find_file(name_or_path, folder)
     tasks: list[Task] = []
     first_with: dict[str, int] = {}
     for index, record in enumerate(read_records(path)):
-        problem = reward.record_problem(record)
-        if problem is None:
-            task = _task(record, f"{path.stem}:{index}", reward.answer_field)
-            if task.id in first_with:
-                problem = f"id {task.id!r} is that of record {first_with[task.id]} too"
-        if problem is not None:
-            raise UserError(f"{path}: record {index + 1}: {problem} (dataset.data_type={data_type})")
+        for setting, reward in needing.items():
+            problem = reward.record_problem(record)
+            if problem is not None:
+                raise UserError(f"{path}: record {index + 1}: {problem} ({setting})")
+        task = _task(record, f"{path.stem}:{index}", answer_field)
+        if task.id in first_with:
+            raise UserError(f"{path}: record {index + 1}: id {task.id!r} is that of record {first_with[task.id]} too")
         first_with[task.id] = index + 1
         tasks.append(task)
     return tasks

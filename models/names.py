@@ -24,13 +24,14 @@ def no_directory(name: str, setting: str, made_by: str | None = None) -> UserErr
 
 def models_read(job: str, config: Any) -> dict[str, str]:
     """{key of `model`: name} of the models that the processes of a job read."""
-    from reward.registry import REWARDS
+    from reward.registry import scoring_reward
 
     keys = ["pretrained_model"]
     if job == "rl":
         keys.append("value_base_model")
-    # An evaluation asks the judge only where nothing else scores (reward/scoring.py); an endpoint's model is not ours to read.
-    is_judged = job == "rl" or (job == "eval" and not REWARDS.get(config.dataset.data_type).has_outcome)
+    # Evaluations ask the judge only where nothing else scores (reward/scoring.py); an endpoint's model is not ours to read.
+    scoring = scoring_reward(config.dataset.data_type, config.reward.function)
+    is_judged = job == "rl" or (job == "eval" and scoring is not None and not scoring.has_outcome)
     if is_judged and config.reward.judge.base_url is None:
         keys.append("process_reward_model")
     return {key: getattr(config.model, key) for key in keys if getattr(config.model, key) is not None}

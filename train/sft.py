@@ -93,7 +93,8 @@ def load_data(config: Any) -> SFTData:
     evaluates = config.evaluation.if_eval and dataset.eval_dataset
     if evaluates:
         check_function(config.reward)
-    return SFTData(records, validation, load_tasks(dataset.eval_dataset, dataset.data_type) if evaluates else None)
+    tasks = load_tasks(dataset.eval_dataset, dataset.data_type, config.reward.function) if evaluates else None
+    return SFTData(records, validation, tasks)
 
 
 class SFTRun:

@@ -235,6 +235,8 @@ MISTAKES = [
     (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
     (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
+    (["reward.function=judge"], "reward.function: got 'judge', but there is none: set reward.judge.base_url, or model.process_rew"),
+    (["dataset.data_type=judge"], "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.proc"),
     (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
     (["experiment.project=null"], "experiment.project: is missing, it is the run directory"),
     (["model.pretrained_model=null"], "model.pretrained_model: is missing"),
@@ -251,6 +253,17 @@ def test_mistakes(load, overrides, message):
     with pytest.raises(UserError) as error:
         load("rl", MINIMAL, *overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_what_nothing_scores(load, job):
+    """A judge that is not there: refused wherever it alone would score, by either name; not where it would not."""
+    for scored_by in (["dataset.data_type=judge"], ["reward.function=judge"]):
+        with pytest.raises(UserError, match=f"^{scored_by[0].partition('=')[0]}: got 'judge', but there is none: set reward.judge"):
+            load(job, MINIMAL, *scored_by)
+        load(job, MINIMAL, *scored_by, "reward.judge.base_url=http://judge/v1")
+    load(job, MINIMAL, "dataset.data_type=judge", "reward.function=exact")
+    load("sft", MINIMAL, "reward.function=judge", "evaluation.if_eval=false")
 
 
 def test_every_number_has_a_range():

@@ -95,6 +95,19 @@ def test_a_wrong_file_is_named(tmp_path, name, content, message):
     assert name in str(caught.value) and "\n" not in str(caught.value)
 
 
+def test_records_are_checked_for_the_reward_that_scores(tmp_path):
+    """By reward.function too: the answers are those that it compares with."""
+    path = write(tmp_path / "a.json", ROWS[:1])
+    with pytest.raises(UserError, match=r"record 1: field 'test_method' is missing \(reward.function=code\)$"):
+        load_tasks(path, "math", "code")
+    program = {"question": "q", "test_method": "function", "test_list": ["assert f(1)"]}
+    with pytest.raises(UserError, match=r"record 1: field 'ground_truth_answer' is missing \(reward.function=math\)$"):
+        load_tasks(write(tmp_path / "b.json", [program]), "code", "math")
+    path = write(tmp_path / "c.json", [{**program, "ground_truth_answer": "1"}])
+    assert [load_tasks(path, *scoring)[0].answer for scoring in [("code",), ("code", "math"), ("math", "code")]] == [None, "1", "1"]
+    assert load_tasks(path, "math", "mine.py:reward") == load_tasks(path, "math")
+
+
 def test_a_missing_data_set_lists_what_is_there(tmp_path):
     write(tmp_path / "mine.json", ROWS)
     with pytest.raises(UserError, match=r"download_data.py --dataset MATH500`; .* has mine$"):

@@ -149,11 +149,11 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
         names = dict.fromkeys(["pretrained_model", "value_base_model", "process_reward_model", "prepare_config"])
         return SimpleNamespace(
             model=SimpleNamespace(**{**names, **model}),
-            reward=SimpleNamespace(judge=SimpleNamespace(base_url=judge_url)),
+            reward=SimpleNamespace(function=function, judge=SimpleNamespace(base_url=judge_url)),
             dataset=SimpleNamespace(data_type=data_type),
         )
 
-    data_type, gone = "math", f"{tmp_path}/gone"
+    data_type, function, gone = "math", None, f"{tmp_path}/gone"
     for good in ["tiny-random", "owner/name", "gpt2", str(tmp_path)]:
         check_models("rl", config(pretrained_model=good, value_base_model=good, process_reward_model=good))
     check_models("rl", config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone))
@@ -169,6 +169,10 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
     refused("eval", "pretrained_model")
     refused("sft", "pretrained_model")
     data_type = "judge"
+    refused("eval", "process_reward_model")
+    function = "math"
+    check_models("eval", config(pretrained_model="owner/name", process_reward_model=gone))
+    data_type, function = "math", "judge"
     refused("eval", "process_reward_model")
     for made_by, command in [("configs/rl_tiny.yaml", "rl.py"), ("configs/sft_tiny.yaml", "train/sft.py")]:
         with pytest.raises(UserError, match=f"no directory {gone}: `python {command} config={made_by}` makes it"):
