@@ -18,7 +18,7 @@ from common.errors import UserError, entry_point, warn
 from common.launch import already_launched, launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
-from common.run_dir import RunDir, is_over
+from common.run_dir import is_over
 from models.names import check_models
 
 
@@ -69,23 +69,20 @@ def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
 
 
 def make_missing_model(config: Any) -> None:
-    """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there, or is half-finetuned:
-    that job keeps checkpoints on its way, so where it was interrupted it goes on."""
-    from configs.load import read_config
-    from models.family import TINY_RANDOM
+    """Run the finetuning job `model.prepare_config` where the model that this job starts from, and that one makes, is not there, or
+    is half-finetuned: that job keeps checkpoints on its way, so where it was interrupted it goes on."""
+    from configs.prepare import FINETUNING, read_preparation
 
-    path = Path(config.model.pretrained_model)
-    if config.model.prepare_config is None or str(path) == TINY_RANDOM or already_launched():
+    preparation = None if already_launched() else read_preparation(config)
+    if preparation is None or preparation.script != FINETUNING or not preparation.makes(config.model.pretrained_model):
         return
-    argument = f"config={config.model.prepare_config}"
-    directory = RunDir(read_config("sft", [argument]).experiment.project)
-    is_its_own = directory.config.is_file() and path.resolve().is_relative_to(directory.path.resolve())
-    if path.exists() and not (is_its_own and directory.is_interrupted()):
+    directory, path = preparation.directory, preparation.model
+    if path.exists() and not (directory.config.is_file() and directory.is_interrupted()):
         return
     missing = "is not finished" if path.exists() else "is not there yet"
-    print(f"{path} {missing}: making it with {config.model.prepare_config}", flush=True)
-    script = Path(__file__).resolve().parent / "train" / "sft.py"
-    code = subprocess.run([sys.executable, str(script), argument]).returncode
+    print(f"{path} {missing}: making it with {preparation.config}", flush=True)
+    script = Path(__file__).resolve().parent / preparation.script
+    code = subprocess.run([sys.executable, str(script), f"config={preparation.config}"]).returncode
     if code:
         sys.exit(code)
 

@@ -85,9 +85,15 @@ def with_default(job: Job, arguments: Sequence[str], key: str, value: str) -> li
     """`arguments`, and `key=value` behind them where neither they nor the file that they name say it. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         return list(arguments)
+    is_given = file_settings(job, arguments).get(key) is not None
+    return list(arguments) if is_given else [*arguments, f"{key}={value}"]
+
+
+def file_settings(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+    """The flat settings of the file and of the command line over it, as they stand there. Raises UserError."""
     path, overrides = _parse_arguments(job, arguments)
-    given = [canonical(flatten(tree), job)[0].get(key) for tree in (_read_yaml(path), overrides)]
-    return [*arguments, f"{key}={value}"] if given == [None, None] else list(arguments)
+    layers = [canonical(flatten(tree), job)[0] for tree in (_read_yaml(path), overrides)]
+    return {key: value for layer in layers for key, value in layer.items()}
 
 
 def export_environment(config: Config) -> None:

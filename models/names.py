@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from common.errors import UserError
 from models.family import TINY_RANDOM
+
+if TYPE_CHECKING:
+    from configs.prepare import Preparation
 
 
 def is_path(name: str) -> bool:
@@ -14,12 +17,13 @@ def is_path(name: str) -> bool:
     return name.count("/") > 1 or name.startswith(("/", ".", "~"))
 
 
-def no_directory(name: str, setting: str, made_by: str | None = None) -> UserError:
-    """made_by: the config whose job makes it, where that is known."""
-    if made_by is None:
-        return UserError(f"{setting}: no directory {name}: give an existing directory or a hub name (owner/name)")
-    script = "train/sft.py" if Path(made_by).name.startswith("sft") else "rl.py"
-    return UserError(f"{setting}: no directory {name}: `python {script} config={made_by}` makes it, or give an existing directory")
+def no_directory(name: str, setting: str, made_by: Preparation | None = None) -> UserError:
+    """made_by: the job of `model.prepare_config`, where it is asked."""
+    what_to_do = "give an existing directory or a hub name (owner/name)"
+    if made_by is not None:
+        command = f"`python {made_by.script} config={made_by.config}` makes {'it' if made_by.makes(name) else made_by.model}"
+        what_to_do = f"{command}, or give an existing directory"
+    return UserError(f"{setting}: no directory {name}: {what_to_do}")
 
 
 def models_read(job: str, config: Any) -> dict[str, str]:
@@ -41,4 +45,6 @@ def check_models(job: str, config: Any) -> None:
     """Raises UserError where a model that the job reads can be nothing but a directory that is not here."""
     for key, name in models_read(job, config).items():
         if name != TINY_RANDOM and is_path(name) and not Path(name).expanduser().exists():
-            raise no_directory(name, f"model.{key}", config.model.prepare_config if key == "pretrained_model" else None)
+            from configs.prepare import read_preparation
+
+            raise no_directory(name, f"model.{key}", read_preparation(config) if key == "pretrained_model" else None)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import models.checkpoint as checkpoint
 from common.errors import UserError
+from configs.schema import Config
 from models.checkpoint import find_directory, load_pretrained, save_pretrained
 from models.config_json import decoder_shape, keys_of_shape
 from models.names import check_models
@@ -174,9 +175,32 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
     check_models("eval", config(pretrained_model="owner/name", process_reward_model=gone))
     data_type, function = "math", "judge"
     refused("eval", "process_reward_model")
-    for made_by, command in [("configs/rl_tiny.yaml", "rl.py"), ("configs/sft_tiny.yaml", "train/sft.py")]:
-        with pytest.raises(UserError, match=f"no directory {gone}: `python {command} config={made_by}` makes it"):
-            check_models("rl", config(pretrained_model=gone, prepare_config=made_by))
+
+
+def test_a_model_that_is_missing_is_said_to_be_made_where_it_is(tmp_path):
+    """model.prepare_config is read: which job it is of, and what that makes, whatever its name."""
+    start = f"experiment: {{project: {tmp_path}/it}}\nmodel: {{pretrained_model: x, model_base: sdar, optimized_name: best}}\n"
+    for name, data in [("rl_of_mine", "optimization_data: a"), ("sft_of_mine", "train_dataset: a"), ("broken", "eval_dataset: a")]:
+        (tmp_path / f"{name}.yaml").write_text(f"{start}dataset: {{{data}}}\n")
+
+    def said(model, made_by):
+        names = {"value_base_model": None, "process_reward_model": None, "prepare_config": f"{tmp_path}/{made_by}.yaml"}
+        config = Config()
+        config.model = replace(config.model, pretrained_model=model, **names)
+        with pytest.raises(UserError) as error:
+            check_models("eval", config)
+        return str(error.value)
+
+    made, gone = f"{tmp_path}/it/ckpt/best", f"{tmp_path}/it/ckpt/bset"
+    for made_by, script in [("rl_of_mine", "train/sft.py"), ("sft_of_mine", "rl.py")]:
+        command = f"`python {script} config={tmp_path}/{made_by}.yaml`"
+        for same in [made, f"{made}/", f"{made}/../best"]:
+            assert f"no directory {same}: {command} makes it, or give an existing directory" in said(same, made_by)
+        assert f"no directory {gone}: {command} makes {made}, or give an existing directory" in said(gone, made_by)
+    for made_by in ["broken", "nowhere"]:
+        assert said(made, made_by) == (
+            f"model.pretrained_model: no directory {made}: give an existing directory or a hub name (owner/name)"
+        )
 
 
 def test_the_setting_that_named_the_path_is_blamed(tmp_path):
