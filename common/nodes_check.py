@@ -38,7 +38,7 @@ def machine_report(job: str, config: Any, num_processes: int) -> dict[str, Any]:
 
 def difference(report: dict[str, Any], own: dict[str, Any], config: Any) -> str | None:
     """What is wrong with a machine's report beside machine 0's `own`, to be read behind its name; None: nothing."""
-    from configs.load import config_difference
+    from configs.difference import config_difference
 
     for name, digest in own["code"].items():
         if report["code"].get(name) != digest:

@@ -407,38 +407,3 @@ def describe(hint: Any) -> str:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; loads again to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-MAY_CHANGE = (
-    "experiment.start_from_scratch",
-    "experiment.current_epoch",
-    "experiment.num_node",
-    "experiment.node_index",
-    "experiment.num_processes",
-    "experiment.deepspeed_file",
-    "reward.judge.base_url",
-    "reward.judge.api_key_env",
-    "reward.judge.concurrency",
-    "reward.judge.timeout_seconds",
-    "reward.judge.retry_seconds",
-    "system.",
-    "wandb.",
-    "logging.",
-)
-
-
-def config_difference(saved: str, config: Config) -> list[str]:
-    """Settings in which a run directory's config.yaml (its text) and `config` differ: "training.eps: 0.2 there, 0.3 here".
-
-    Ignored, because a run may go on with others: experiment.{start_from_scratch, current_epoch, num_node, node_index,
-    num_processes, deepspeed_file}, where and how patiently the judge is asked, system.*, wandb.*, logging.*. A setting that the
-    file does not have counts as its default; one that has no use here any more does not count.
-    """
-    there = flatten(OmegaConf.to_container(OmegaConf.load(io.StringIO(saved))))
-    here = flatten(dataclasses.asdict(config))
-    defaults = flatten(dataclasses.asdict(Config()))
-    return [
-        f"{key}: {there.get(key, defaults.get(key))!r} there, {here.get(key, 'unknown')!r} here"
-        for key in sorted(here.keys() | there.keys())
-        if not key.startswith(MAY_CHANGE) and key not in UNUSED and there.get(key, defaults.get(key)) != here.get(key, "unknown")
-    ]

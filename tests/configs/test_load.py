@@ -15,8 +15,9 @@ from common.errors import UserError
 from common.registry import Registry, closest
 from common.run_dir import RunDir
 from configs.checks import RANGES
+from configs.difference import config_difference
 from configs.help import help_text, settings
-from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
+from configs.load import ROOT, describe, load_config, setting_types, to_yaml
 from configs.reference import flatten
 from configs.schema import Config
 
@@ -548,6 +549,29 @@ def test_config_difference(load):
     without = saved.replace("  head_chunk: 2048\n", "")
     assert without != saved and config_difference(without, load("rl", MINIMAL)) == []
     assert config_difference(saved + "gone: 1\n", load("rl", MINIMAL)) == ["gone: 1 there, 'unknown' here"]
+
+
+def test_what_results_do_not_depend_on(load, tmp_path, monkeypatch):
+    saved = to_yaml(load("eval", MINIMAL))
+
+    def difference(*overrides: str, job="eval") -> list[str]:
+        return config_difference(saved, load(job, MINIMAL, *overrides), of_results=True)
+
+    harmless = "evaluation.max_active=7 evaluation.if_eval=false model.prepare_config=x experiment.save_every=3 training.eps=0.3"
+    assert difference(*harmless.split(), "optimizer.params.learning_rate=1", "dataset.train_dataset=other") == []
+    for change in ["training.seed=3", "training.max_prompt_len=9", "evaluation.max_token=2001", "reward.timeout_seconds=9"]:
+        assert difference(change)[0].startswith(change.replace("=", ": ").partition(" ")[0])
+    assert len(config_difference(saved, load("eval", MINIMAL, *harmless.split()))) == 6, "of a run they count, and eps_high"
+
+
+def test_a_path_may_be_written_in_several_ways(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    saved = to_yaml(load("rl", MINIMAL, "model.pretrained_model=models/m"))
+    for same in ["models/m/", "./models/m", str(tmp_path / "models" / "m")]:
+        assert config_difference(saved, load("rl", MINIMAL, f"model.pretrained_model={same}")) == []
+    for other in ["models/n", "models", "models/m/.."]:
+        assert len(config_difference(saved, load("rl", MINIMAL, f"model.pretrained_model={other}"))) == 1
 
 
 def test_every_field_is_documented_and_helped():

@@ -116,7 +116,7 @@ def test_only_the_same_evaluation_writes_over_itself(server: ForkServer, setting
     assert listing(project) == before
     # The same one, with what may differ, and from a directory that was moved.
     moved = project.rename(tmp_path / "moved")
-    same = {**short, "system.ssh_port": 23}
+    same = {**short, "system.ssh_port": 23, "evaluation.max_active": 3, "model.pretrained_model": f"{jobs_dir}/model/"}
     again = server.run("eval.py", settings("eval", moved, same))
     assert again.code == 0, again.err
     assert listing(moved).keys() == before.keys()
@@ -124,7 +124,7 @@ def test_only_the_same_evaluation_writes_over_itself(server: ForkServer, setting
     shutil.copy(jobs_dir / "test.json", tmp_path / "second.json")
     second = {**short, "model.pretrained_model": other, "dataset.eval_dataset": tmp_path / "second.json"}
     assert server.run("eval.py", settings("eval", moved, second)).code == 0
-    for name, model in [("test", jobs_dir / "model"), ("second", other)]:
+    for name, model in [("test", same["model.pretrained_model"]), ("second", other)]:
         assert json.loads((moved / "results" / f"{name}.json").read_text())[0]["settings"]["pretrained_model"] == str(model)
         assert yaml.safe_load((moved / "results" / f"{name}.config.yaml").read_text())["model"]["pretrained_model"] == str(model)
     # Results that say nothing of where they are from.
