@@ -56,7 +56,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         rollout.reward_model.temperature
         reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
         reward.overlong_margin reward.overlong_penalty_tokens
-        training.post_num training.beta training.value_loss_weight training.seed training.lora.rank
+        training.post_num training.beta training.value_loss_weight training.lora.rank
         logging.gap_responses
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
         optimizer.params.weight_decay
@@ -81,6 +81,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         """,
     ),
     ("at most 1", lambda x: x <= 1, _of_decoding("dynamic_threshold")),
+    ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "training.seed"),  # as NumPy has it
     (
         "from 0 to below 1",
         lambda x: 0 <= x < 1,

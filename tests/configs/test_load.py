@@ -184,6 +184,7 @@ MISTAKES = [
     (["training.eps=${training.eps}"], "training.eps: Recursive"),
     (["training.eps=${model.model_base}"], "could not be converted to Float (on the command line; expected a number)"),
     (["training.eps=-1"], "training.eps: got -1.0, must be above 0"),
+    (["training.seed=4294967296"], "training.seed: got 4294967296, must be from 0 to 4294967295"),
     (["rollout.top_p=1.5"], "rollout.top_p: got 1.5, must be above 0 and at most 1"),
     (["evaluation.top_k=[1,-1]"], "evaluation.top_k: got -1, must be 0 or more"),
     (
