@@ -20,6 +20,10 @@ from reward.registry import REWARDS, scoring_reward
 
 DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".json", ".jsonl", ".parquet")
+ENCODING = "utf-8-sig"
+"""With the mark at the beginning that Windows writes, or without it."""
+UNREADABLE = (ValueError, RecursionError)
+"""JSON that Python will not read: numbers of thousands of digits, brackets in brackets without end."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -85,6 +89,9 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}: record {number} is {type(row).__name__}, wanted an object with named fields")
+        for name, value in row.items():
+            if not _can_be_written(value):
+                raise UserError(f"{path}: record {number}: field {name!r} holds half a character (such as \\ud800): mend its text")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
@@ -98,28 +105,47 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: not a readable parquet file ({cause[0] if cause else type(error).__name__})") from error
 
 
+def _can_be_written(value: Any) -> bool:
+    """Whether all text in a value is Unicode: an escape of JSON may be half of a character, of which no tokens can be made."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(part, (list, dict)):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    return True
+
+
 def _read_json(path: Path) -> list[Any]:
     try:
         if path.suffix == ".jsonl":
             return list(_json_lines(path))
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding=ENCODING))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: holds what cannot be read ({error}): mend it") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: the file holds {type(rows).__name__}, wanted a list of records")
     return rows
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}: line {number} is not JSON ({error.msg}, column {error.colno})") from error
+                except UNREADABLE as error:
+                    raise UserError(f"{path}: line {number} cannot be read ({error}): mend it") from error
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------

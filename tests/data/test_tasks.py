@@ -44,6 +44,19 @@ def test_load_tasks(tmp_path, suffix, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_text_as_windows_writes_it(tmp_path, suffix):
+    path = write(tmp_path / f"mine{suffix}", ROWS[:1])
+    plain = load_tasks(path, "math")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tasks(path, "math") == plain
+
+
+def test_whole_characters_may_be_escaped(tmp_path):
+    (tmp_path / "a.json").write_text('[{"question": "\\ud83d\\ude00 \\u00e9", "ground_truth_answer": "1"}]')
+    assert load_tasks(tmp_path / "a.json", "math")[0].question == "\U0001f600 \u00e9"
+
+
 def test_ids_and_numbers(tmp_path):
     rows = [{"id": 7, "question": "q", "ground_truth_answer": 5}, {"task_id": "x", "question": "q", "ground_truth_answer": 2.5}]
     tasks = load_tasks(write(tmp_path / "a.json", rows), "math")
@@ -83,6 +96,11 @@ def test_a_wrong_record_is_named(tmp_path, suffix, row, message):
         ("list.json", '[{"question": "q", "ground_truth_answer": ["1"]}]', "is a list, wanted text or a number"),
         ("bool.json", '[{"question": "q", "ground_truth_answer": true}]', "is true or false, wanted"),
         ("twice.json", f'[{{"id": 1, {FIELDS}}}, {{"id": "1", {FIELDS}}}]', "record 2: id '1' is that of record 1 too"),
+        ("digits.json", f'[{{"question": "q", "ground_truth_answer": {"9" * 5000}}}]', "holds what cannot be read .*digits"),
+        ("digits.jsonl", f'{{{FIELDS}}}\n{{"question": "q", "x": {"9" * 5000}}}', "line 2 cannot be read .*digits"),
+        ("deep.json", "[" * 200_000, "holds what cannot be read .*recursion"),
+        ("half.json", '[{"question": "s\\ud800=", "ground_truth_answer": "1"}]', "record 1: field 'question' holds half a char"),
+        ("half.jsonl", f'{{{FIELDS}}}\n{{{FIELDS}, "tests": [{{"x": "\\udc00"}}]}}', "record 2: field 'tests' holds half a char"),
         ("broken.parquet", "PAR0nonsense", "not a readable parquet file"),
         ("table.csv", "question\n", "cannot read .csv"),
     ],
