@@ -381,12 +381,19 @@ def _check_rl(config: Config) -> None:
 
 
 def _draws_positions(config: Config) -> bool:
-    """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn."""
+    """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn. Where
+    the first forward of a block reveals all of it, there is nothing to choose."""
     from models.registry import FAMILIES
     from sample.registry import UNRANKED
 
     r, is_full = config.rollout, FAMILIES.get(config.model.model_base).attention == "full"
-    return r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))
+    if is_full:  # where the dynamic strategy has no fixed number
+        reveals_all = r.remasking_strategy == "low_confidence_static" and r.steps == r.max_token // r.block_size
+    else:
+        is_at_least = r.remasking_strategy in ("low_confidence_static", "low_confidence_dynamic")
+        reveals_all = is_at_least and r.denoising_steps_per_block == 1
+    has_choice = r.block_size > 1 and not reveals_all
+    return has_choice and r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))
 
 
 def _check_sft(config: Config) -> None:

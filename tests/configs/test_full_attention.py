@@ -91,6 +91,17 @@ def test_greedy_tokens_are_refused_where_positions_are_not_drawn_either(load, gr
                 with pytest.raises(UserError) as error:
                     load("rl", text, *given)
                 assert str(error.value).startswith(f"{said}: all responses of a task would be the same")
+    drawn = [greedy, "rollout.target=random"]
+    for text, steps, choices in [(MINIMAL, "denoising_steps_per_block", 4), (CANVAS, "steps", 5)]:
+        load("rl", text, *drawn, f"rollout.{steps}={choices}")
+    for text, nothing_to_choose in [
+        (MINIMAL, "rollout.block_size=1"),
+        (MINIMAL, "rollout.denoising_steps_per_block=1"),
+        (CANVAS, "rollout.block_size=1"),
+        (CANVAS, "rollout.steps=4"),
+    ]:
+        with pytest.raises(UserError, match=f"^{said}: all responses of a task would be the same"):
+            load("rl", text, *drawn, nothing_to_choose)
 
 
 DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"
