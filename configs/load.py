@@ -29,7 +29,7 @@ from common.registry import NO_IMAGES, closest, did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
-from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation, unused_in_sft
+from configs.reference import ALIASES, UNUSED, canonical, check_data_types, flatten, inherit_evaluation, unused_in_sft
 from configs.schema import Config, get
 
 Job = Literal["rl", "eval", "sft"]
@@ -117,6 +117,7 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
     """
     settings: dict[str, Any] = {}
     source: dict[str, str] = {}
+    check_data_types([(flatten(tree), where) for tree, where in layers], job)
     for tree, where in layers:
         named, unused = canonical(flatten(tree), job)
         why = {key: UNUSED[key] for key in unused}

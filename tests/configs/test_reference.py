@@ -105,7 +105,7 @@ def test_rl_full_attention(load, capsys):
 
 
 def test_what_is_evaluated_on_under_either_name(load):
-    assert load("rl", RL_DREAM, "dataset.eval_dataset=GSM8K", "evaluation.data_type=exact").dataset.eval_dataset == "GSM8K"
+    assert load("rl", RL_DREAM, "dataset.eval_dataset=GSM8K").dataset.eval_dataset == "GSM8K"
     assert load("rl", RL_DREAM.replace("MATH500", "${dataset.train_dataset}")).dataset.eval_dataset == "MATH_train"
     alone = RL_DREAM.replace('"rl_data"\n    data_type: "math"\n', '"rl_data"\n').replace('data_type: "math"', 'data_type: "code"')
     assert load("rl", alone).dataset.data_type == "code"
@@ -117,6 +117,19 @@ def test_what_is_evaluated_on_under_either_name(load):
     )
     with pytest.raises(UserError, match="^evaluation.eval_dataset: got 'MATH500', but dataset.eval_dataset says 'AIME2024': they"):
         load("rl", RL_DREAM.replace('"rl_data"\n', '"rl_data"\n    eval_dataset: "AIME2024"\n'))
+
+
+def test_an_override_of_one_data_type_does_not_change_the_other(load):
+    """Silently: an evaluation of another kind would have changed what is learnt from."""
+    ours, theirs = "dataset.data_type", "evaluation.data_type"
+    only_ours = RL_DREAM.replace('"MATH500"\n    data_type: "math"\n', '"MATH500"\n')
+    for text, name, other in [(RL_DREAM, theirs, ours), (RL_DREAM, ours, theirs), (only_ours, theirs, ours)]:
+        assert load("rl", text, f"{name}=math").dataset.data_type == "math"
+        assert load("rl", text, f"{name}=code", f"{other}=code").dataset.data_type == "code"
+        with pytest.raises(UserError, match=f"^{name}: got 'code' on the command line, but {other} is 'math' in .*: training and"):
+            load("rl", text, f"{name}=code")
+    assert load("rl", only_ours, f"{ours}=code").dataset.data_type == "code"
+    assert load("eval", EVAL, f"{theirs}=exact").dataset.data_type == "exact", "which trains nothing"
 
 
 @pytest.mark.parametrize("method, objective", [("random_masking", "clipped"), ("coupled", "clipped")])
