@@ -1,5 +1,5 @@
 """Settings that a job has no use for as its other settings are. They are said in a line, not refused: one file serves several jobs,
-and those of the reference carry many. What belongs to the other attention kind is said by configs/checks.py."""
+and those of the reference carry many. What belongs to the other attention kind is said by configs/checks_decoding.py."""
 
 from __future__ import annotations
 
