@@ -11,6 +11,7 @@ from typing import Any
 
 from common.errors import UserError
 from common.launch import visible_gpus
+from common.plugins import find_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "configs", "data", "models", "reward", "sample", "train")
@@ -71,7 +72,7 @@ def code_digests(config: Any) -> dict[str, str]:
     files += (ROOT / "accelerate_configs").glob("*.yaml")
     named = {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
     own = [*config.experiment.plugins, (config.reward.function or "").rpartition(":")[0]]
-    named |= {name: Path(name) for name in own if name.endswith(".py") and Path(name).is_file()}
+    named |= {name: find_file(name, "experiment.plugins, reward.function") for name in own if name.endswith(".py")}
     return {name: digest(path.read_bytes()) for name, path in named.items()}
 
 

@@ -6,11 +6,11 @@ configs/checks_training.py. Nothing here imports torch.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Callable
 
 from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError, warn_once
+from common.plugins import find_file
 from configs.checks_decoding import check_decoding, check_lists, check_registered, draws_positions, evaluates
 from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
 from configs.no_use import warn_of_settings_without_use
@@ -154,8 +154,7 @@ def _check_registries(config: Config, job: str) -> None:
         path, _, name = function.rpartition(":")
         if not path.endswith(".py") or not name:
             raise UserError(f"reward.function: got {function!r}, meant is path/to/file.py:name, or a registered name")
-        if not Path(path).is_file():
-            raise UserError(f"reward.function: got {function!r}, but there is no file {path}")
+        find_file(path, "reward.function")
     elif function is not None and function not in REWARD_FUNCTIONS:
         check_registered(REWARDS, function, "reward.function")
     check_registered(ADVANTAGES, config.training.advantage, "training.advantage")

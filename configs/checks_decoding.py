@@ -1,5 +1,5 @@
-"""Checks of how responses are decoded, in rollouts and evaluations (configs/checks.py has those of all others). Nothing here imports
-torch."""
+"""Checks of how responses are decoded, in rollouts and evaluations (configs/checks.py has those of all others). Nothing here
+imports torch."""
 
 from __future__ import annotations
 

@@ -236,7 +236,7 @@ MISTAKES = [
     (["training.method=trace_rl"], "(did you mean TraceRL?)"),
     (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
-    (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
+    (["reward.function=nowhere.py:f"], "reward.function: no such file: nowhere.py (looked in "),
     (["reward.function=judge"], "reward.function: got 'judge', but there is none: set reward.judge.base_url, or model.process_rew"),
     (["dataset.data_type=judge"], "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.proc"),
     (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
@@ -255,6 +255,17 @@ def test_mistakes(load, overrides, message):
     with pytest.raises(UserError) as error:
         load("rl", MINIMAL, *overrides)
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_reward_function_is_looked_for_where_it_is_loaded_from(load, tmp_path, monkeypatch):
+    """At home, and in the repo's root."""
+    from reward.registry import check_function
+
+    (tmp_path / "mine.py").write_text("def f(task, text, rollout):\n    return 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_function(load("rl", MINIMAL, "reward.function=~/mine.py:f").reward)
+    monkeypatch.chdir(tmp_path)
+    load("rl", MINIMAL, "reward.function=reward/exact.py:f")
 
 
 @pytest.mark.parametrize("job", ["rl", "eval", "sft"])
