@@ -111,6 +111,12 @@ def check_token_ids(config: dict[str, Any], where: str, vocab_size: int) -> None
         for one in value if several else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
                 raise UserError(f"{where}: {key} is {value!r}, must be a token id{' or a list of them' * several}: mend it")
-    pad = config.get("pad_token_id")
-    if pad is not None and not 0 <= pad < vocab_size:
-        raise UserError(f"{where}: pad_token_id {pad} lies outside the vocabulary of {vocab_size}: mend it, or set it to null")
+            if one is not None and key != "mask_token_id" and not 0 <= one < vocab_size:  # the mask: find_mask_id
+                raise UserError(f"{where}: {key} {one} lies outside the vocabulary of {vocab_size}: mend it, or set it to null")
+
+
+def check_config_block_size(family: Family, config: dict[str, Any], where: str) -> None:
+    """Raises UserError where a config.json says a block size that is none."""
+    size = family.config_block_size(config)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(f"{where}: block_size is {size!r}, must be a whole number above 0: mend it, or set it to null")

@@ -343,11 +343,22 @@ def test_token_ids(config_only):
         ({"pad_token_id": -1}, f"config.json: pad_token_id -1 lies outside the vocabulary of {size}: mend it, or set it to null"),
         ({"eos_token_id": "<|im_end|>"}, "config.json: eos_token_id is '<|im_end|>', must be a token id: mend it"),
         ({"eos_token_id": [3, "x"]}, "config.json: eos_token_id is [3, 'x'], must be a token id or a list of them: mend it"),
+        ({"eos_token_id": -5}, f"config.json: eos_token_id -5 lies outside the vocabulary of {size}: mend it, or set it to null"),
+        ({"eos_token_id": [3, size]}, f"config.json: eos_token_id {size} lies outside the vocabulary of {size}: mend it"),
         ({"eos_token_id": [3, 4]}, "no .safetensors file"),
         ({"mask_token_id": size}, f"mask token id {size} lies outside the vocabulary of {size}"),
     ]:
         (path / "config.json").write_text(json.dumps({**whole, **changes}))
         assert said in refusal(path, family), changes
+
+
+@pytest.mark.parametrize("size", ["4", 0, -4, 4.5, True, [4]])
+def test_a_block_size_that_is_none(config_only, size):
+    family, path = config_only
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), "block_size": size}))
+    is_read = FAMILIES.get(family).attention == "block"  # others have no use for the key
+    said = f"{path}/config.json: block_size is {size!r}, must be a whole number above 0" if is_read else "no .safetensors file"
+    assert said in refusal(path, family)
 
 
 @pytest.mark.parametrize("text, said", [("[1, 2]", "got a list, expected an object"), ("{", "not JSON"), ("", "not JSON")])
