@@ -29,6 +29,7 @@ from common.registry import NO_IMAGES, closest, did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
+from configs.no_use import ONLY_FINETUNING
 from configs.reference import ALIASES, UNUSED, canonical, check_data_types, flatten, inherit_evaluation, unused_in_sft
 from configs.schema import Config, get
 
@@ -127,7 +128,7 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
         for key, value in named.items():
             if key in _sections() and value is None:
                 continue  # a section with nothing in it
-            _check_name(key, value, where)
+            _check_name(job, key, value, where)
             settings[key], source[key] = value, where
     if job == "sft" and "training.block_size" in settings and "rollout.block_size" not in settings:
         settings["rollout.block_size"], source["rollout.block_size"] = (
@@ -220,6 +221,8 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
             continue
         elif argument.startswith("-") and argument.partition("=")[0].strip("-") == "config":
             raise UserError(f"{argument}: unknown option: the file is given as config=FILE.yaml, without dashes")
+        elif argument.startswith("-") and key.strip("-") in {*setting_types(), *ALIASES}:
+            raise UserError(f"{argument}: unknown option: settings are given without dashes, as {argument.lstrip('-')}")
         elif argument.startswith("-"):
             raise UserError(f"{argument}: unknown option{did_you_mean(argument, ['--print-config', '--help'])}")
         elif not equals or not key:
@@ -228,7 +231,7 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
             path = text
         else:
             overrides[key] = _parse_value(key, text)
-    if path is None:
+    if not path:
         raise UserError(f"config=FILE.yaml is missing: choose one of configs/, such as {_examples(job)}, or --help")
     for candidate in [Path(path), ROOT / path]:
         if candidate.is_file():
@@ -300,11 +303,11 @@ def _walk(section: type, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _check_name(key: str, value: Any, where: str) -> None:
+def _check_name(job: Job, key: str, value: Any, where: str) -> None:
     if key in _sections():
         raise UserError(f"{key}: got {value!r} {where}, expected a section with settings")
     if key not in setting_types():
-        raise UserError(f"{key}: unknown setting {where}{suggest(key)}")
+        raise UserError(f"{key}: unknown setting {where}{suggest(job, key)}")
 
 
 USUAL_NAMES = {
@@ -324,16 +327,24 @@ USUAL_NAMES = {
     "resume": "experiment.start_from_scratch",
 }
 """What settings are called elsewhere: only suggested."""
+USUAL_IN = {
+    "rl": {"batch_size": "rollout.num_task_per_step", "max_steps": "experiment.total_step"},
+    "eval": {"batch_size": "evaluation.max_active"},
+}
+"""Likewise, where a job does not mean by it what others do."""
 
 
-def suggest(key: str) -> str:
+def suggest(job: Job, key: str) -> str:
     """` (did you mean training.eps?)`: the same name in another section, else what it is usually called elsewhere, else a similar
-    name in this section or below it, else anywhere."""
-    known = [*setting_types(), *(alias for alias in ALIASES if "." in alias)]
+    name in this section or below it, else anywhere. Nothing that the job has no use for."""
+    unused = ONLY_FINETUNING.split() if job == "rl" else []
+    known = [one for one in [*setting_types(), *(alias for alias in ALIASES if "." in alias)] if one not in unused]
     for other in known:
         if other.replace("_", ".") == key.replace("_", "."):  # training.lora_rank
             return f" (did you mean {other}?)"
     section, _, name = key.rpartition(".")
+    if name in USUAL_IN.get(job, {}):
+        return f" (did you mean {USUAL_IN[job][name]}?)"
     same_name = [other for other in known if other.rpartition(".")[2] == name]
     if same_name:
         return did_you_mean(key, same_name) or f" (did you mean {same_name[0]}?)"

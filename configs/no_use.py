@@ -13,15 +13,13 @@ def _has_value_model(config: Config) -> bool:
     return config.model.value_base_model is not None or config.model.value_shared
 
 
+ONLY_FINETUNING = """
+    dataset.validation_data training.max_steps training.batch_size training.eval_every training.validation_share
+    training.stop_at_solve_rate
+"""
+
 NO_USE: list[tuple[str, Callable[[Config, str], bool], str]] = [
-    (
-        "in RL",
-        lambda config, job: job == "rl",
-        """
-        dataset.validation_data training.max_steps training.batch_size training.eval_every training.validation_share
-        training.stop_at_solve_rate
-        """,
-    ),
+    ("in RL", lambda config, job: job == "rl", ONLY_FINETUNING),
     (
         "without a value model",
         lambda config, job: job != "eval" and not _has_value_model(config),

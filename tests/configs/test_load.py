@@ -246,6 +246,12 @@ MISTAKES = [
     (["dataset.eval_dataset=null"], "dataset.eval_dataset: is missing"),
     (["experiment.plugins=[nowhere.py]"], "experiment.plugins: no such file: nowhere.py"),
     (["training.eps"], "training.eps: got no value"),
+    (["batch_size=4"], "batch_size: unknown setting on the command line (did you mean rollout.num_task_per_step?)"),
+    (["trainer.max_steps=4"], "trainer.max_steps: unknown setting on the command line (did you mean experiment.total_step?)"),
+    (["eval_every=4"], "eval_every: unknown setting on the command line (did you mean experiment.eval_every?)"),
+    (["--training.eps=5"], "--training.eps=5: unknown option: settings are given without dashes, as training.eps=5"),
+    (["config="], "config=FILE.yaml is missing: choose one of configs/, such as "),
+    (["experiment.deepspeed_file=/tmp"], "no file '/tmp' in accelerate_configs/, where there is 1_node_1_gpus_deepspeed_zero3, "),
     (["--print"], "--print: unknown option (did you mean --print-config?)"),
 ]
 
