@@ -93,7 +93,7 @@ def find_directory(name: str, setting: str = "model.pretrained_model") -> Path:
         return path
     if path.exists():
         raise UserError(f"{setting}: {name} is a file: name the directory that holds config.json")
-    if is_path(name) or "/" not in name:
+    if is_path(name):
         raise no_directory(name, setting)
     from huggingface_hub import snapshot_download
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name can only be that of a directory. "runs/x" may be one of the hub's too."""
-    return name.count("/") > 1 or name.startswith(("/", ".", "~"))
+    """Whether a name can only be that of a directory. "runs/x" may be one of the hub's too, where all are owner/name."""
+    return name.count("/") != 1 or name.startswith(("/", ".", "~"))
 
 
 def no_directory(name: str, setting: str, made_by: Preparation | None = None) -> UserError:
@@ -44,7 +44,9 @@ def models_read(job: str, config: Any) -> dict[str, str]:
 def check_models(job: str, config: Any) -> None:
     """Raises UserError where a model that the job reads can be nothing but a directory that is not here."""
     for key, name in models_read(job, config).items():
-        if name != TINY_RANDOM and is_path(name) and not Path(name).expanduser().exists():
+        if name == TINY_RANDOM or (key == "process_reward_model" and "/" not in name):
+            continue  # transformers, which reads the judge, has names without an owner
+        if is_path(name) and not Path(name).expanduser().exists():
             from configs.prepare import read_preparation
 
             raise no_directory(name, f"model.{key}", read_preparation(config) if key == "pretrained_model" else None)

@@ -155,7 +155,7 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
         )
 
     data_type, function, gone = "math", None, f"{tmp_path}/gone"
-    for good in ["tiny-random", "owner/name", "gpt2", str(tmp_path)]:
+    for good in ["tiny-random", "owner/name", str(tmp_path)]:
         check_models("rl", config(pretrained_model=good, value_base_model=good, process_reward_model=good))
     check_models("rl", config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone))
     for job in ["eval", "sft"]:  # which train no value model, and need no judge where answers are compared
@@ -167,6 +167,11 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
 
     for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
         refused("rl", key)
+    check_models("rl", config(pretrained_model="owner/name", process_reward_model="gpt2"))
+    gone = "mymodel"
+    for key in ["pretrained_model", "value_base_model"]:
+        refused("rl", key)
+    gone = f"{tmp_path}/gone"
     refused("eval", "pretrained_model")
     refused("sft", "pretrained_model")
     data_type = "judge"
