@@ -411,6 +411,15 @@ OF_AN_ADAPTER = ["training.lora.alpha=8", "training.lora.dropout=0.1", "training
     "job, given, where",
     [
         ("rl", IN_RL, "in RL"),
+        ("rl", ["evaluation.max_active=7"], "in RL, which evaluates with rollout.max_active"),
+        ("rl", ["training.kl_to=reference"], "in RL with training.beta=0"),
+        ("rl", ["training.mask_ratio=per_token"], "with a method that draws no masks"),
+        (
+            "sft",
+            ["training.eps=0.3", "training.beta=0.1", "training.kl_to=reference"],
+            "in finetuning, which maximises the likelihood",
+        ),
+        ("eval", ["evaluation.if_eval=false"], "in eval.py, which evaluates all the same"),
         ("rl", OF_A_VALUE_MODEL, "without a value model"),
         ("rl", ["optimizer.params.value_learning_rate=1e-3"], "without a value model"),
         ("rl", OF_AN_ADAPTER, "without training.lora.rank"),
@@ -432,11 +441,36 @@ def test_settings_without_a_use_in_this_job_are_said(load, capsys, job, given, w
     assert told == "warning" and listed.startswith(f"{where}: ") and sorted(listed.partition(": ")[2].split(", ")) == sorted(keys)
 
 
+@pytest.mark.parametrize(
+    "beside, given, where",
+    [
+        ("training.num_updates_per_step=2", ["training.num_train_epochs=2", "training.gradient_accumulation_steps=4"],
+         "in RL with training.num_updates_per_step"),
+        ("model.value_base_model=x", ["training.advantage=rloo"], "with a value model, which takes its place"),
+        ("model.value_shared=true", ["training.advantage=rloo"], "with a value model, which takes its place"),
+        ("model.value_base_model=x", ["training.value_loss_weight=0.1"], "with a value model of its own"),
+        ("model.value_shared=true", ["model.value_offload=always", "optimizer.params.value_learning_rate=1"],
+         "with model.value_shared, where the policy's update trains the value head"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_use_beside_another_are_said(load, capsys, beside, given, where):
+    load("rl", MINIMAL, beside)
+    assert capsys.readouterr().err == "", "nothing is given"
+    load("rl", MINIMAL, beside, *given)
+    listed = ", ".join(sorted(one.partition("=")[0] for one in given))
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: settings that have no use {where}: ") and err.count("warning") == 1
+    assert ", ".join(sorted(err.rstrip().rpartition(": ")[2].split(", "))) == listed
+
+
 def test_settings_with_a_use_are_not_said(load, capsys):
     load("sft", MINIMAL, *IN_RL, "dataset.eval_dataset=b")
     load("rl", MINIMAL, *OF_A_VALUE_MODEL, "model.value_base_model=x", "optimizer.params.value_learning_rate=1e-3")
     load("sft", MINIMAL, *OF_AN_ADAPTER, "training.lora.rank=4", "lr_scheduler.params.min_lr_scale=0.1")
-    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true")
+    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true", "evaluation.max_active=7")
+    load("rl", MINIMAL, "rollout.max_active=7", "training.gradient_accumulation_steps=4", "training.advantage=rloo")
+    load("rl", MINIMAL, "training.beta=0.1", "training.kl_to=reference", "training.num_updates_per_step=1")
+    load("rl", MINIMAL, "training.method=random_masking", "training.mask_ratio=per_token", "training.eps=0.3")
     assert capsys.readouterr().err == ""
 
 
