@@ -124,7 +124,9 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
         why = {key: UNUSED[key] for key in unused}
         why |= {key: NO_IMAGES for key in IMAGES if key in named and named[key] != get(Config(), key)}
         if why:
-            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({why[key]})" for key in why))
+            reasons = {reason: ", ".join(key for key in why if why[key] == reason) for reason in dict.fromkeys(why.values())}
+            listed = "; ".join(f"{keys} ({reason})" for reason, keys in reasons.items())
+            warn_once(f"settings {where} that have no use here: {listed}")
         for key, value in named.items():
             if key in _sections() and value is None:
                 continue  # a section with nothing in it
