@@ -60,13 +60,12 @@ def check_training_blocks(config: Config, job: str) -> None:
     from train.methods import METHODS
 
     size, becomes, sampled = config.training.block_size, config.model.block_size, config.rollout.block_size
-    got = f"training.block_size: got {size}{', as rollout.block_size is' if size == sampled else ''}"
+    got = f"training.block_size: got {size}{', as rollout.block_size is' if job == 'rl' and size == sampled else ''}"
     if job == "eval" or FAMILIES.get(config.model.model_base).attention != "block":
         return
     if becomes is not None and size != becomes:
         raise UserError(
-            f"{got}, but model.block_size says that the run's checkpoints are of blocks of {becomes}: "
-            f"set it to {becomes} too"
+            f"{got}, but model.block_size says that the run's checkpoints are of blocks of {becomes}: set it to {becomes} too"
         )
     if job == "rl" and METHODS.get(config.training.method).follows_steps and size % sampled:
         raise UserError(

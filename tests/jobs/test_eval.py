@@ -153,11 +153,11 @@ def test_beside_other_jobs(server: ForkServer, settings: Any, tmp_path: Path):
 
 @pytest.mark.parametrize("script, config", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])
 def test_print_config(script: str, config: str, server: ForkServer, tmp_path: Path):
-    arguments = [f"config=configs/{config}.yaml", f"experiment.project={tmp_path}/run", "training.eps=0.3"]
+    arguments = [f"config=configs/{config}.yaml", f"experiment.project={tmp_path}/run", "training.seed=3"]
     job = server.run(script, [*arguments, "--print-config"])
     assert job.code == 0 and job.err == ""
     shown = yaml.safe_load(job.out)
-    assert shown["training"]["eps"] == 0.3 and shown["experiment"]["project"] == f"{tmp_path}/run"
+    assert shown["training"]["seed"] == 3 and shown["experiment"]["project"] == f"{tmp_path}/run"
     assert not (tmp_path / "run").exists()
     # What is printed is a config of its own.
     (tmp_path / "again.yaml").write_text(job.out)
