@@ -25,7 +25,7 @@ from common.run_dir import RunDir, write_text
 from configs.load import load_config
 from data.tasks import load_tasks
 from models.names import check_models
-from reward.registry import REWARDS, check_function
+from reward.registry import check_function
 
 
 @entry_point
@@ -37,12 +37,12 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
         directory, name = RunDir(config.experiment.project), results_name(config)
         directory.results_lock(name).check()
         directory.check_results(config, name)
-    tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type)
+    tasks = load_tasks(config.dataset.eval_dataset, config.dataset.data_type, config.reward.function)
     check_function(config.reward)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
-        check_models(config, uses_judge=not REWARDS.get(config.dataset.data_type).has_outcome)
+        check_models("eval", config)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("eval", config, sys.argv[0], argv, link)
     run(config, tasks)
 
 

@@ -18,7 +18,7 @@ from common.errors import UserError, entry_point, warn
 from common.launch import already_launched, launch, needs_launch, writes_the_run
 from common.nodes_link import Link
 from common.records import Rollout, ScoredRollout, Task, read_rollouts, write_jsonl
-from common.run_dir import RunDir, is_over
+from common.run_dir import is_over
 from models.names import check_models
 
 
@@ -35,9 +35,9 @@ def main(argv: list[str] | None = None, link: Link | None = None) -> None:
     if writes_the_run(link):
         make_missing_model(config)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
-        check_models(config, uses_judge=True)
+        check_models("rl", config)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("rl", config, sys.argv[0], argv, link)
     rl = RLRun(config, tasks, eval_tasks)
     try:
         for step in range(rl.run.step + 1, config.experiment.total_step + 1):
@@ -57,34 +57,32 @@ def load_data(config: Any) -> tuple[list[Task], list[Task] | None]:
     from reward.registry import check_function
 
     check_function(config.reward)
-    tasks = load_tasks(config.dataset.train_dataset, config.dataset.data_type)
+    scoring = config.dataset.data_type, config.reward.function
+    tasks = load_tasks(config.dataset.train_dataset, *scoring)
     if config.rollout.num_task_per_step > len(tasks):
         raise UserError(
             f"rollout.num_task_per_step: got {config.rollout.num_task_per_step}, but dataset.train_dataset, "
             f"{config.dataset.train_dataset}, has {len(tasks)} tasks, and no step takes one twice: ask for fewer"
         )
     evaluates = config.evaluation.if_eval and config.dataset.eval_dataset
-    return tasks, load_tasks(config.dataset.eval_dataset, config.dataset.data_type) if evaluates else None
+    return tasks, load_tasks(config.dataset.eval_dataset, *scoring) if evaluates else None
 
 
 def make_missing_model(config: Any) -> None:
-    """Run the finetuning job `model.prepare_config` where the model that this job starts from is not there, or is half-finetuned:
-    that job keeps checkpoints on its way, so where it was interrupted it goes on."""
-    from configs.load import read_config
-    from models.family import TINY_RANDOM
+    """Run the finetuning job `model.prepare_config` where the model that this job starts from, and that one makes, is not there, or
+    is half-finetuned: that job keeps checkpoints on its way, so where it was interrupted it goes on."""
+    from configs.prepare import FINETUNING, read_preparation
 
-    path = Path(config.model.pretrained_model)
-    if config.model.prepare_config is None or str(path) == TINY_RANDOM or already_launched():
+    preparation = None if already_launched() else read_preparation(config)
+    if preparation is None or preparation.script != FINETUNING or not preparation.makes(config.model.pretrained_model):
         return
-    argument = f"config={config.model.prepare_config}"
-    directory = RunDir(read_config("sft", [argument]).experiment.project)
-    is_its_own = directory.config.is_file() and path.resolve().is_relative_to(directory.path.resolve())
-    if path.exists() and not (is_its_own and directory.is_interrupted()):
+    directory, path = preparation.directory, preparation.model
+    if path.exists() and not (directory.config.is_file() and directory.is_interrupted()):
         return
     missing = "is not finished" if path.exists() else "is not there yet"
-    print(f"{path} {missing}: making it with {config.model.prepare_config}", flush=True)
-    script = Path(__file__).resolve().parent / "train" / "sft.py"
-    code = subprocess.run([sys.executable, str(script), argument]).returncode
+    print(f"{path} {missing}: making it with {preparation.config}", flush=True)
+    script = Path(__file__).resolve().parent / preparation.script
+    code = subprocess.run([sys.executable, str(script), f"config={preparation.config}"]).returncode
     if code:
         sys.exit(code)
 

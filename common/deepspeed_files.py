@@ -67,7 +67,7 @@ def read_deepspeed_file(name: str) -> DeepSpeedFile:
     path = next((candidate for candidate in candidates if candidate.is_file()), None)
     if path is None:
         names = deepspeed_file_names()
-        close = ", ".join(closest(name, names, 4) or names[:1])
+        close = ", ".join(closest(name, names, 4) or closest("zero3", names, 4))
         raise UserError(
             f"experiment.deepspeed_file: no file {name!r} in accelerate_configs/, where there is {close}, and more: "
             "NUMBER_node_NUMBER_gpus_deepspeed_zeroSTAGE"

@@ -129,15 +129,15 @@ def needs_launch(config: Config, link: Link | None = None) -> int | None:
     return number if number > 1 or link is not None else None
 
 
-def launch(config: Config, script: str, argv: Sequence[str], link: Link | None = None) -> NoReturn:
-    """Run `python script *argv` in as many processes as `needs_launch` says, and leave with their exit code."""
+def launch(job: str, config: Config, script: str, argv: Sequence[str], link: Link | None = None) -> NoReturn:
+    """Run `python script *argv` in as many processes as `needs_launch` says, and leave with their exit code. job: rl, eval, sft."""
     number = needs_launch(config, link)
     assert number is not None, "asked to launch a job that runs in this process"
     command = [sys.executable, script, *argv]
     if link is not None:
         from common.nodes_start import agree  # imports this module
 
-        agree(link, config, number)
+        agree(link, job, config, number)
         command.append(f"experiment.node_index={link.place.index}")
     sys.exit(run_ranks(command, number, link))
 

@@ -11,19 +11,20 @@ from typing import Any
 
 from common.errors import UserError
 from common.launch import visible_gpus
+from common.plugins import find_file
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("common", "configs", "data", "models", "reward", "sample", "train")
 """Whose .py files run in a job, beside those at the root."""
 PACKAGES = ("torch", "accelerate", "deepspeed", "transformers", "safetensors", "numpy", "triton")
 """Whose versions must be the same: they hold what goes between the machines, or what is computed with it."""
-MODELS = ("pretrained_model", "value_base_model", "process_reward_model")
 DATA = ("train_dataset", "eval_dataset", "optimization_data", "validation_data")
 
 
-def machine_report(config: Any, num_processes: int) -> dict[str, Any]:
-    """What machine 0 compares, as JSON. Raises UserError where this machine lacks a model."""
+def machine_report(job: str, config: Any, num_processes: int) -> dict[str, Any]:
+    """What machine 0 compares, as JSON. Raises UserError where this machine lacks a model that the job reads."""
     from configs.load import to_yaml
+    from models.names import models_read
 
     return {
         "code": code_digests(config),
@@ -31,14 +32,14 @@ def machine_report(config: Any, num_processes: int) -> dict[str, Any]:
         "config": to_yaml(config),
         "processes": num_processes,
         "gpus": visible_gpus(),
-        "models": {f"model.{key}": model_digest(getattr(config.model, key), f"model.{key}") for key in MODELS},
+        "models": {f"model.{key}": model_digest(name, f"model.{key}") for key, name in models_read(job, config).items()},
         "data": {f"dataset.{key}": data_digest(getattr(config.dataset, key)) for key in DATA},
     }
 
 
 def difference(report: dict[str, Any], own: dict[str, Any], config: Any) -> str | None:
     """What is wrong with a machine's report beside machine 0's `own`, to be read behind its name; None: nothing."""
-    from configs.load import config_difference
+    from configs.difference import config_difference
 
     for name, digest in own["code"].items():
         if report["code"].get(name) != digest:
@@ -71,7 +72,7 @@ def code_digests(config: Any) -> dict[str, str]:
     files += (ROOT / "accelerate_configs").glob("*.yaml")
     named = {path.relative_to(ROOT).as_posix(): path for path in sorted(files)}
     own = [*config.experiment.plugins, (config.reward.function or "").rpartition(":")[0]]
-    named |= {name: Path(name) for name in own if name.endswith(".py") and Path(name).is_file()}
+    named |= {name: find_file(name, "experiment.plugins, reward.function") for name in own if name.endswith(".py")}
     return {name: digest(path.read_bytes()) for name, path in named.items()}
 
 
@@ -86,11 +87,9 @@ def version_of(package: str) -> str:
         return "none"
 
 
-def model_digest(name: str | None, setting: str) -> str:
+def model_digest(name: str, setting: str) -> str:
     """Of a directory its config.json and the sizes of its files; "" where there is nothing to compare (a name of the hub whose
     files are not here yet). Raises UserError where the model is neither here nor to be had."""
-    if name is None:
-        return ""
     path = Path(name).expanduser()
     if path.is_dir():
         files = sorted(file for file in path.iterdir() if file.is_file() and not file.name.startswith("."))

@@ -122,9 +122,9 @@ def is_for_all_machines(config: Config, link: Link | None) -> bool:
     return config.experiment.num_node > 1 and link is None and not is_rank
 
 
-def agree(link: Link, config: Config, num_processes: int) -> None:
+def agree(link: Link, job: str, config: Config, num_processes: int) -> None:
     """Wait until all machines are there and alike, and take over what machine 0 says. Raises UserError, on machine 0, or Left."""
-    report = machine_report(config, num_processes)
+    report = machine_report(job, config, num_processes)
     if isinstance(link, Hub):
         go = link.start(
             report,

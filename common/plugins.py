@@ -17,14 +17,20 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 
 
+def find_file(path: str, setting: str) -> Path:
+    """The file that a path means, from the working directory, else from the repo's root. Raises UserError blaming `setting`."""
+    for file in (Path(path).expanduser(), ROOT / path):
+        if file.is_file():
+            return file
+    raise UserError(f"{setting}: no such file: {path} (looked in {Path.cwd()} and {ROOT})")
+
+
 def import_file(path: str, setting: str) -> ModuleType:
-    """Import a .py file by its path (from the working directory, else from the repo's root); the second time nothing is run.
+    """Import a .py file by its path (`find_file`); the second time nothing is run.
 
     `setting` is the config key to blame. Raises UserError where the file is missing or its import fails.
     """
-    file = next((one for one in [Path(path).expanduser(), ROOT / path] if one.is_file()), None)
-    if file is None:
-        raise UserError(f"{setting}: no such file: {path} (looked in {Path.cwd()} and {ROOT})")
+    file = find_file(path, setting)
     if file.suffix != ".py":
         raise UserError(f"{setting}: {path} is not a .py file")
     file = file.resolve()

@@ -81,13 +81,14 @@ class RunDir:
         barrier()
 
     def differences(self, config: Any, file: Path | None = None) -> list[str]:
-        """Settings in which the run that is there, or what else `file` holds the settings of, has another value than `config`; []
+        """Settings in which the run that is there, or the results whose settings `file` holds, have another value than `config`; []
         where there is none. The directory's own name is none of them: it may be written otherwise, moved or copied."""
         import yaml
         from omegaconf.errors import OmegaConfBaseException
 
-        from configs.load import config_difference
+        from configs.difference import config_difference
 
+        of_results = file is not None
         file = self.config if file is None else file
         if not file.is_file():
             return []
@@ -95,7 +96,7 @@ class RunDir:
             text = file.read_text(encoding="utf-8")
             if not text.strip():
                 raise ValueError("it is empty")
-            different = config_difference(text, config)
+            different = config_difference(text, config, of_results)
         except (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, AttributeError) as error:  # the last: of a list
             reason = " ".join(str(error).split())
             raise UserError(

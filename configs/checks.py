@@ -1,17 +1,17 @@
 """Values that a type cannot check: ranges, names in registries, files, and settings that contradict one another.
 
-Every message says the setting, what was got and what is meant. The update's settings: configs/checks_training.py. Nothing here
-imports torch.
+Every message says the setting, what was got and what is meant. Decoding: configs/checks_decoding.py; the update's settings:
+configs/checks_training.py. Nothing here imports torch.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any, Callable
 
 from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError, warn_once
-from common.registry import Registry
+from common.plugins import find_file
+from configs.checks_decoding import check_decoding, check_lists, check_registered, draws_positions, evaluates
 from configs.checks_training import check_engine_logprobs, check_lora, check_training, check_training_blocks
 from configs.no_use import warn_of_settings_without_use
 from configs.schema import Config, get
@@ -56,7 +56,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         rollout.reward_model.temperature
         reward.judge.weight reward.judge.outcome_weight reward.judge.retry_seconds reward.judge.nonsense_retries
         reward.overlong_margin reward.overlong_penalty_tokens
-        training.post_num training.beta training.value_loss_weight training.seed training.lora.rank
+        training.post_num training.beta training.value_loss_weight training.lora.rank
         logging.gap_responses
         optimizer.params.learning_rate optimizer.params.policy_learning_rate optimizer.params.value_learning_rate
         optimizer.params.weight_decay
@@ -80,7 +80,7 @@ RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
         lr_scheduler.params.min_lr_scale
         """,
     ),
-    ("at most 1", lambda x: x <= 1, _of_decoding("dynamic_threshold")),
+    ("from 0 to 4294967295", lambda x: 0 <= x < 2**32, "training.seed"),  # as NumPy has it
     (
         "from 0 to below 1",
         lambda x: 0 <= x < 1,
@@ -103,12 +103,12 @@ def check(config: Config, job: str) -> None:
                     raise UserError(f"{key}: got {one!r}, must be {meaning}")
     _check_experiment(config)
     _check_registries(config, job)
-    _check_evaluation(config)
-    _check_decoding(config, job)
+    check_lists(config)
+    check_decoding(config, job)
     check_training(config, job)
     check_training_blocks(config, job)
     check_lora(config, job)
-    if job != "sft":
+    if job == "rl" or evaluates(config, job):
         _check_judge(config)
     if job == "rl":
         _check_rl(config)
@@ -147,22 +147,21 @@ def _check_registries(config: Config, job: str) -> None:
     from train.methods import METHODS
     from train.registry import OBJECTIVES
 
-    _registered(FAMILIES, config.model.model_base, "model.model_base")
-    _registered(REWARDS, config.dataset.data_type, "dataset.data_type")
+    check_registered(FAMILIES, config.model.model_base, "model.model_base")
+    check_registered(REWARDS, config.dataset.data_type, "dataset.data_type")
     function = config.reward.function
     if function is not None and ".py" in function:
         path, _, name = function.rpartition(":")
         if not path.endswith(".py") or not name:
             raise UserError(f"reward.function: got {function!r}, meant is path/to/file.py:name, or a registered name")
-        if not Path(path).is_file():
-            raise UserError(f"reward.function: got {function!r}, but there is no file {path}")
+        find_file(path, "reward.function")
     elif function is not None and function not in REWARD_FUNCTIONS:
-        _registered(REWARDS, function, "reward.function")
-    _registered(ADVANTAGES, config.training.advantage, "training.advantage")
+        check_registered(REWARDS, function, "reward.function")
+    check_registered(ADVANTAGES, config.training.advantage, "training.advantage")
     if job != "eval":
-        _registered(METHODS, config.training.method, "training.method")
+        check_registered(METHODS, config.training.method, "training.method")
         if config.training.objective is not None:
-            _registered(OBJECTIVES, config.training.objective, "training.objective")
+            check_registered(OBJECTIVES, config.training.objective, "training.objective")
         method, family = METHODS.get(config.training.method), FAMILIES.get(config.model.model_base)
         if not method.fits(job):
             fitting = [name for name in METHODS if METHODS.get(name).fits(job) and _predicts_as(METHODS.get(name), family)]
@@ -190,133 +189,17 @@ def _predicts_as(method: Any, family: Any) -> bool:
     return method.trace != "next_token" or family.logit_shift == 1
 
 
-def _registered(registry: Registry, name: str, key: str) -> None:
-    if name not in registry:  # `get` alone would import the entry, and torch with it
-        registry.get(name, key)
-
-
-def _check_evaluation(config: Config) -> None:
-    """The lists run one evaluation each: their lengths are equal, or 1."""
-    lists = {name: getattr(config.evaluation, name) for name in ["remasking_strategy", "top_k", "block_size"]}
-    for name, values in lists.items():
-        if not values:
-            raise UserError(f"evaluation.{name}: got an empty list, must hold at least one")
-    longest = max(lists, key=lambda name: len(lists[name]))
-    for name, values in lists.items():
-        if len(values) not in (1, len(lists[longest])):
-            raise UserError(
-                f"evaluation.{name}: got {len(values)} values beside {len(lists[longest])} of evaluation.{longest}: "
-                "each place runs one evaluation, so give as many, or one for all"
-            )
-
-
-def _decodings(config: Config, job: str) -> Iterator[tuple[str, Any]]:
-    """The decodings that the job samples with, and the sections that they are from."""
-    if job == "rl":
-        yield "rollout", config.rollout
-    evaluates = job == "eval" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None)
-    for variant in config.evaluation.variants() if evaluates else []:
-        yield "evaluation", variant
-
-
-def _check_decoding(config: Config, job: str) -> None:
-    from models.registry import FAMILIES
-    from sample.registry import TARGETS, UNMASKING
-
-    is_block = FAMILIES.get(config.model.model_base).attention == "block"
-    if config.model.block_size is not None and not is_block:
-        raise UserError(
-            f"model.block_size: got {config.model.block_size}, but {config.model.model_base} is no block model: leave it out"
-        )
-    unused: dict[str, None] = {}  # in order, each once
-    for section, d in _decodings(config, job):
-        _registered(UNMASKING, d.remasking_strategy, f"{section}.remasking_strategy")
-        _registered(TARGETS, d.target, f"{section}.target")
-        _check_threshold(section, d)
-        if is_block:
-            _check_blocks(section, d)
-        else:
-            _check_canvas(section, d)
-        others = {**ONLY_FULL, "steps": d.max_token} if is_block else {"denoising_steps_per_block": d.block_size}
-        unused |= dict.fromkeys(f"{section}.{name}" for name, default in others.items() if getattr(d, name) != default)
-    if unused:
-        kind = "block" if is_block else "full"
-        warn_once(f"settings that have no use, as {config.model.model_base} has {kind} attention: {', '.join(unused)}")
-
-
-ONLY_FULL = {
-    "use_cache": True,
-    "cache": None,
-    "further_horizon": None,
-    "stop_early": False,
-    "alg_temp": 0.0,
-    "pad_target_penalty": 1.0,
-}
-"""Settings of decoding that full attention alone has, and their defaults."""
-
-
-def _check_threshold(section: str, d: Any) -> None:
-    """Scores are compared with it, so it lies where they do."""
-    from sample.registry import NEGATIVE_TARGETS
-
-    got = f"{section}.dynamic_threshold: got {d.dynamic_threshold}"
-    if d.target not in NEGATIVE_TARGETS:
-        if d.dynamic_threshold < 0:
-            raise UserError(f"{got}, must be from 0 to 1 with {section}.target={d.target}")
-    elif d.dynamic_threshold > 0 and d.remasking_strategy == "low_confidence_dynamic":
-        raise UserError(
-            f"{got}, must be 0 or less with {section}.target={d.target}: its scores are entropies in nats, negated, so none is "
-            "above it; give -0.5, say"
-        )
-
-
-def _check_blocks(section: str, d: Any) -> None:
-    if d.denoising_steps_per_block > d.block_size:
-        raise UserError(
-            f"{section}.denoising_steps_per_block: got {d.denoising_steps_per_block}, must be at most {section}.block_size, "
-            f"which is {d.block_size}: every forward reveals at least one token"
-        )
-
-
-def _check_canvas(section: str, d: Any) -> None:
-    from sample.registry import UNRANKED
-
-    if not d.use_cache and d.cache_kind != "none":
-        raise UserError(f"{section}.use_cache: got false, but {section}.cache says {d.cache}: give only one of them")
-    if d.further_horizon is not None and d.cache_kind == "none":
-        warn_once(
-            f"{section}.further_horizon={d.further_horizon} has no use: without a cache every forward is over the whole canvas"
-        )
-    unused = {name: getattr(d, name) for name in ("alg_temp", "pad_target_penalty") if getattr(d, name) != ONLY_FULL[name]}
-    if unused and d.remasking_strategy in UNRANKED:
-        given = ", ".join(f"{section}.{name}={value}" for name, value in unused.items())
-        warn_once(f"settings that have no use, as remasking_strategy {d.remasking_strategy} ranks by no score: {given}")
-    if d.max_token % d.block_size:
-        raise UserError(
-            f"{section}.max_gen_length: got {d.max_token}, must be a multiple of {section}.block_size, which is {d.block_size}"
-        )
-    if d.steps > d.max_token:
-        raise UserError(
-            f"{section}.steps: got {d.steps}, must be at most {section}.max_gen_length, which is {d.max_token}: "
-            "every forward reveals at least one token"
-        )
-    num_blocks = d.max_token // d.block_size
-    if d.steps < num_blocks:
-        raise UserError(
-            f"{section}.steps: got {d.steps}, must be at least {num_blocks}: {section}.max_gen_length={d.max_token} is as many "
-            f"blocks of {d.block_size}, and each of them takes a forward"
-        )
-
-
 def _check_judge(config: Config) -> None:
     from reward.judge_client import split_url
+    from reward.registry import scoring_reward
 
     judge, lengths = config.reward.judge, config.rollout.reward_model
+    data_type, function = config.dataset.data_type, config.reward.function
     if judge.base_url is None and config.model.process_reward_model is None:
-        if config.dataset.data_type == "judge":
-            raise UserError(
-                "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.process_reward_model"
-            )
+        scoring = scoring_reward(data_type, function)
+        if scoring is not None and not scoring.has_outcome:
+            key, name = ("dataset.data_type", data_type) if function is None else ("reward.function", function)
+            raise UserError(f"{key}: got {name!r}, but there is none: set reward.judge.base_url, or model.process_reward_model")
         return
     if judge.base_url is not None:
         split_url(judge.base_url)
@@ -359,7 +242,7 @@ def _check_rl(config: Config) -> None:
             "rollout.num_response_per_task: got 1, must be at least 2 without a value model: "
             "advantages compare the responses of a task"
         )
-    if (r.temperature == 0 or r.top_k == 1) and not _draws_positions(config) and not has_value:
+    if (r.temperature == 0 or r.top_k == 1) and not draws_positions(config) and not has_value:
         greedy = "rollout.temperature: got 0.0" if r.temperature == 0 else "rollout.top_k: got 1"
         raise UserError(f"{greedy}: all responses of a task would be the same, and nothing be learnt: RL needs sampling")
     if m.value_base_model is not None and m.optimized_name == m.optimized_value_name:
@@ -372,15 +255,6 @@ def _check_rl(config: Config) -> None:
             f"training.max_gen_length ({t.max_gen_length}) is below rollout.max_token ({r.max_token}): "
             "longer responses are cut before they are trained on"
         )
-
-
-def _draws_positions(config: Config) -> bool:
-    """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn."""
-    from models.registry import FAMILIES
-    from sample.registry import UNRANKED
-
-    r, is_full = config.rollout, FAMILIES.get(config.model.model_base).attention == "full"
-    return r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))
 
 
 def _check_sft(config: Config) -> None:

@@ -48,8 +48,8 @@ def warn_of_warmup(config: Config, num_updates: int) -> None:
     warmup = config.lr_scheduler.params.warmup_steps
     if warmup > num_updates:
         warn_once(
-            f"lr_scheduler.params.warmup_steps={warmup}: the run has {num_updates} optimizer steps, so the learning rate never "
-            "reaches its peak"
+            f"lr_scheduler.params.warmup_steps={warmup}: the run has {num_updates} optimizer step{'s' * (num_updates != 1)}, so "
+            "the learning rate never reaches its peak"
         )
 
 
@@ -60,12 +60,12 @@ def check_training_blocks(config: Config, job: str) -> None:
     from train.methods import METHODS
 
     size, becomes, sampled = config.training.block_size, config.model.block_size, config.rollout.block_size
+    got = f"training.block_size: got {size}{', as rollout.block_size is' if job == 'rl' and size == sampled else ''}"
     if job == "eval" or FAMILIES.get(config.model.model_base).attention != "block":
         return
     if becomes is not None and size != becomes:
         raise UserError(
-            f"training.block_size: got {size}, but model.block_size says that the run's checkpoints are of blocks of {becomes}: "
-            f"set it to {becomes} too"
+            f"{got}, but model.block_size says that the run's checkpoints are of blocks of {becomes}: set it to {becomes} too"
         )
     if job == "rl" and METHODS.get(config.training.method).follows_steps and size % sampled:
         raise UserError(

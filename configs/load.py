@@ -29,7 +29,8 @@ from common.registry import NO_IMAGES, closest, did_you_mean
 from common.run_dir import CACHE
 from configs.checks import check
 from configs.help import help_text
-from configs.reference import ALIASES, UNUSED, canonical, flatten, inherit_evaluation, unused_in_sft
+from configs.no_use import ONLY_FINETUNING
+from configs.reference import ALIASES, UNUSED, canonical, check_data_types, flatten, inherit_evaluation, unused_in_sft
 from configs.schema import Config, get
 
 Job = Literal["rl", "eval", "sft"]
@@ -85,9 +86,15 @@ def with_default(job: Job, arguments: Sequence[str], key: str, value: str) -> li
     """`arguments`, and `key=value` behind them where neither they nor the file that they name say it. Raises UserError."""
     if {"--help", "-h"} & set(arguments):
         return list(arguments)
+    is_given = file_settings(job, arguments).get(key) is not None
+    return list(arguments) if is_given else [*arguments, f"{key}={value}"]
+
+
+def file_settings(job: Job, arguments: Sequence[str]) -> dict[str, Any]:
+    """The flat settings of the file and of the command line over it, as they stand there. Raises UserError."""
     path, overrides = _parse_arguments(job, arguments)
-    given = [canonical(flatten(tree), job)[0].get(key) for tree in (_read_yaml(path), overrides)]
-    return [*arguments, f"{key}={value}"] if given == [None, None] else list(arguments)
+    layers = [canonical(flatten(tree), job)[0] for tree in (_read_yaml(path), overrides)]
+    return {key: value for layer in layers for key, value in layer.items()}
 
 
 def export_environment(config: Config) -> None:
@@ -111,16 +118,19 @@ def merge(job: Job, layers: list[tuple[dict[str, Any], str]]) -> Config:
     """
     settings: dict[str, Any] = {}
     source: dict[str, str] = {}
+    check_data_types([(flatten(tree), where) for tree, where in layers], job)
     for tree, where in layers:
         named, unused = canonical(flatten(tree), job)
         why = {key: UNUSED[key] for key in unused}
         why |= {key: NO_IMAGES for key in IMAGES if key in named and named[key] != get(Config(), key)}
         if why:
-            warn_once(f"settings {where} that have no use here: " + ", ".join(f"{key} ({why[key]})" for key in why))
+            reasons = {reason: ", ".join(key for key in why if why[key] == reason) for reason in dict.fromkeys(why.values())}
+            listed = "; ".join(f"{keys} ({reason})" for reason, keys in reasons.items())
+            warn_once(f"settings {where} that have no use here: {listed}")
         for key, value in named.items():
             if key in _sections() and value is None:
                 continue  # a section with nothing in it
-            _check_name(key, value, where)
+            _check_name(job, key, value, where)
             settings[key], source[key] = value, where
     if job == "sft" and "training.block_size" in settings and "rollout.block_size" not in settings:
         settings["rollout.block_size"], source["rollout.block_size"] = (
@@ -213,6 +223,8 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
             continue
         elif argument.startswith("-") and argument.partition("=")[0].strip("-") == "config":
             raise UserError(f"{argument}: unknown option: the file is given as config=FILE.yaml, without dashes")
+        elif argument.startswith("-") and key.strip("-") in {*setting_types(), *ALIASES}:
+            raise UserError(f"{argument}: unknown option: settings are given without dashes, as {argument.lstrip('-')}")
         elif argument.startswith("-"):
             raise UserError(f"{argument}: unknown option{did_you_mean(argument, ['--print-config', '--help'])}")
         elif not equals or not key:
@@ -221,7 +233,7 @@ def _parse_arguments(job: Job, arguments: Sequence[str]) -> tuple[Path, dict[str
             path = text
         else:
             overrides[key] = _parse_value(key, text)
-    if path is None:
+    if not path:
         raise UserError(f"config=FILE.yaml is missing: choose one of configs/, such as {_examples(job)}, or --help")
     for candidate in [Path(path), ROOT / path]:
         if candidate.is_file():
@@ -293,11 +305,11 @@ def _walk(section: type, prefix: str) -> list[tuple[str, Any]]:
     return found
 
 
-def _check_name(key: str, value: Any, where: str) -> None:
+def _check_name(job: Job, key: str, value: Any, where: str) -> None:
     if key in _sections():
         raise UserError(f"{key}: got {value!r} {where}, expected a section with settings")
     if key not in setting_types():
-        raise UserError(f"{key}: unknown setting {where}{suggest(key)}")
+        raise UserError(f"{key}: unknown setting {where}{suggest(job, key)}")
 
 
 USUAL_NAMES = {
@@ -317,16 +329,24 @@ USUAL_NAMES = {
     "resume": "experiment.start_from_scratch",
 }
 """What settings are called elsewhere: only suggested."""
+USUAL_IN = {
+    "rl": {"batch_size": "rollout.num_task_per_step", "max_steps": "experiment.total_step"},
+    "eval": {"batch_size": "evaluation.max_active"},
+}
+"""Likewise, where a job does not mean by it what others do."""
 
 
-def suggest(key: str) -> str:
+def suggest(job: Job, key: str) -> str:
     """` (did you mean training.eps?)`: the same name in another section, else what it is usually called elsewhere, else a similar
-    name in this section or below it, else anywhere."""
-    known = [*setting_types(), *(alias for alias in ALIASES if "." in alias)]
+    name in this section or below it, else anywhere. Nothing that the job has no use for."""
+    unused = ONLY_FINETUNING.split() if job == "rl" else []
+    known = [one for one in [*setting_types(), *(alias for alias in ALIASES if "." in alias)] if one not in unused]
     for other in known:
         if other.replace("_", ".") == key.replace("_", "."):  # training.lora_rank
             return f" (did you mean {other}?)"
     section, _, name = key.rpartition(".")
+    if name in USUAL_IN.get(job, {}):
+        return f" (did you mean {USUAL_IN[job][name]}?)"
     same_name = [other for other in known if other.rpartition(".")[2] == name]
     if same_name:
         return did_you_mean(key, same_name) or f" (did you mean {same_name[0]}?)"
@@ -401,38 +421,3 @@ def describe(hint: Any) -> str:
 def to_yaml(config: Config) -> str:
     """The resolved config as YAML; loads again to an equal Config."""
     return OmegaConf.to_yaml(OmegaConf.structured(config))
-
-
-MAY_CHANGE = (
-    "experiment.start_from_scratch",
-    "experiment.current_epoch",
-    "experiment.num_node",
-    "experiment.node_index",
-    "experiment.num_processes",
-    "experiment.deepspeed_file",
-    "reward.judge.base_url",
-    "reward.judge.api_key_env",
-    "reward.judge.concurrency",
-    "reward.judge.timeout_seconds",
-    "reward.judge.retry_seconds",
-    "system.",
-    "wandb.",
-    "logging.",
-)
-
-
-def config_difference(saved: str, config: Config) -> list[str]:
-    """Settings in which a run directory's config.yaml (its text) and `config` differ: "training.eps: 0.2 there, 0.3 here".
-
-    Ignored, because a run may go on with others: experiment.{start_from_scratch, current_epoch, num_node, node_index,
-    num_processes, deepspeed_file}, where and how patiently the judge is asked, system.*, wandb.*, logging.*. A setting that the
-    file does not have counts as its default; one that has no use here any more does not count.
-    """
-    there = flatten(OmegaConf.to_container(OmegaConf.load(io.StringIO(saved))))
-    here = flatten(dataclasses.asdict(config))
-    defaults = flatten(dataclasses.asdict(Config()))
-    return [
-        f"{key}: {there.get(key, defaults.get(key))!r} there, {here.get(key, 'unknown')!r} here"
-        for key in sorted(here.keys() | there.keys())
-        if not key.startswith(MAY_CHANGE) and key not in UNUSED and there.get(key, defaults.get(key)) != here.get(key, "unknown")
-    ]

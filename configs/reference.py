@@ -101,6 +101,22 @@ def canonical(settings: dict[str, Any], job: str) -> tuple[dict[str, Any], list[
     return result, unused
 
 
+def check_data_types(layers: list[tuple[dict[str, Any], str]], job: str) -> None:
+    """Raises UserError where one of flat layers (settings, where they are from) says by one name alone another data type than an
+    earlier one by the other: it means what is evaluated or what is trained, and both are scored by one."""
+    names = "dataset.data_type", "evaluation.data_type"
+    said: dict[str, tuple[Any, str]] = {}
+    for settings, where in layers if job != "eval" else []:
+        for name, other in (names, names[::-1]):
+            is_alone = name in settings and other not in settings
+            if is_alone and other in said and settings[name] != said[other][0]:
+                raise UserError(
+                    f"{name}: got {settings[name]!r} {where}, but {other} is {said[other][0]!r} {said[other][1]}: training and "
+                    "evaluation are scored by one data type, give both"
+                )
+        said |= {name: (settings[name], where) for name in names if name in settings}
+
+
 def _canonical_value(key: str, value: Any) -> Any:
     if key in _LISTS and value is not None and not isinstance(value, list):
         return [value]

@@ -54,8 +54,8 @@ class Model:
     pretrained_model: str | None = None
     """Directory in Hugging Face format or hub name (required). Evaluation files may call it `model`."""
     prepare_config: str | None = None
-    """RL: a finetuning config that is run first where pretrained_model does not exist yet. Other jobs: the config whose job makes
-    pretrained_model, named where that does not exist."""
+    """The config whose job makes pretrained_model. RL runs it first where that does not exist yet and the config is one of
+    finetuning; else it is named there. No use where it makes another model."""
     model_base: str | None = None
     """The family, a name in models/registry.py: sdar, trado, ... (required). Evaluation files may have it at the top level."""
     block_size: int | None = None

@@ -16,10 +16,14 @@ import numpy as np
 
 from common.errors import UserError
 from common.records import Task
-from reward.registry import REWARDS
+from reward.registry import REWARDS, scoring_reward
 
 DATA_DIR = Path(__file__).resolve().parent
 SUFFIXES = (".json", ".jsonl", ".parquet")
+ENCODING = "utf-8-sig"
+"""With the mark at the beginning that Windows writes, or without it."""
+UNREADABLE = (ValueError, RecursionError)
+"""JSON that Python will not read: numbers of thousands of digits, brackets in brackets without end."""
 
 
 # ---- files -------------------------------------------------------------------------------------------------------------
@@ -85,6 +89,9 @@ def read_records(path: str | os.PathLike) -> list[dict[str, Any]]:
     for number, row in enumerate(rows, start=1):
         if not isinstance(row, dict):
             raise UserError(f"{path}: record {number} is {type(row).__name__}, wanted an object with named fields")
+        for name, value in row.items():
+            if not _can_be_written(value):
+                raise UserError(f"{path}: record {number}: field {name!r} holds half a character (such as \\ud800): mend its text")
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
@@ -98,51 +105,79 @@ def _read_parquet(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path}: not a readable parquet file ({cause[0] if cause else type(error).__name__})") from error
 
 
+def _can_be_written(value: Any) -> bool:
+    """Whether all text in a value is Unicode: an escape of JSON may be half of a character, of which no tokens can be made."""
+    parts = [value]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, str) and not part.isascii():
+            try:
+                part.encode("utf-8")
+            except UnicodeEncodeError:
+                return False
+        elif isinstance(part, (list, dict)):
+            parts.extend(part.values() if isinstance(part, dict) else part)
+    return True
+
+
 def _read_json(path: Path) -> list[Any]:
     try:
         if path.suffix == ".jsonl":
             return list(_json_lines(path))
-        rows = json.loads(path.read_text(encoding="utf-8"))
+        rows = json.loads(path.read_text(encoding=ENCODING))
     except json.JSONDecodeError as error:
         raise UserError(f"{path}: not JSON ({error.msg}, line {error.lineno})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    except UNREADABLE as error:
+        raise UserError(f"{path}: holds what cannot be read ({error}): mend it") from error
     if not isinstance(rows, list):
         raise UserError(f"{path}: the file holds {type(rows).__name__}, wanted a list of records")
     return rows
 
 
 def _json_lines(path: Path) -> Iterator[Any]:
-    with open(path, encoding="utf-8") as file:
+    with open(path, encoding=ENCODING) as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 try:
                     yield json.loads(line)
                 except json.JSONDecodeError as error:
                     raise UserError(f"{path}: line {number} is not JSON ({error.msg}, column {error.colno})") from error
+                except UNREADABLE as error:
+                    raise UserError(f"{path}: line {number} cannot be read ({error}): mend it") from error
 
 
 # ---- tasks -------------------------------------------------------------------------------------------------------------
 
 
-def load_tasks(name_or_path: str | os.PathLike, data_type: str, folder: str | os.PathLike = DATA_DIR) -> list[Task]:
-    """The tasks of a data set, each record checked against what the reward of `data_type` needs.
+def load_tasks(
+    name_or_path: str | os.PathLike, data_type: str, function: str | None = None, folder: str | os.PathLike = DATA_DIR
+) -> list[Task]:
+    """The tasks of a data set, each record checked against what the reward of `data_type` needs, and where `function` (the setting
+    reward.function) names another reward, against what that one needs, whose answers count then.
 
     Ids are the records' own (`id` or `task_id`), else NAME:INDEX, counted from 0. Raises UserError with the file, the number of
     the record (counted from 1) and the field.
     """
-    reward = REWARDS.get(data_type, "dataset.data_type")
+    needing = {f"dataset.data_type={data_type}": REWARDS.get(data_type, "dataset.data_type")}
+    scoring = scoring_reward(data_type, function)
+    if function is not None and scoring is not None:
+        needing[f"reward.function={function}"] = scoring
+    answer_field = None
+    for reward in needing.values():
+        answer_field = reward.answer_field or answer_field
     path = find_file(name_or_path, folder)
     tasks: list[Task] = []
     first_with: dict[str, int] = {}
     for index, record in enumerate(read_records(path)):
-        problem = reward.record_problem(record)
-        if problem is None:
-            task = _task(record, f"{path.stem}:{index}", reward.answer_field)
-            if task.id in first_with:
-                problem = f"id {task.id!r} is that of record {first_with[task.id]} too"
-        if problem is not None:
-            raise UserError(f"{path}: record {index + 1}: {problem} (dataset.data_type={data_type})")
+        for setting, reward in needing.items():
+            problem = reward.record_problem(record)
+            if problem is not None:
+                raise UserError(f"{path}: record {index + 1}: {problem} ({setting})")
+        task = _task(record, f"{path.stem}:{index}", answer_field)
+        if task.id in first_with:
+            raise UserError(f"{path}: record {index + 1}: id {task.id!r} is that of record {first_with[task.id]} too")
         first_with[task.id] = index + 1
         tasks.append(task)
     return tasks

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from common.errors import UserError
 from common.files import replace_directory
-from models.config_json import check_token_ids, decoder_shape, read_object
+from models.config_json import check_config_block_size, check_token_ids, decoder_shape, read_object
 from models.decoder import Decoder
 from models.family import TINY_RANDOM, Family, Piece
 from models.lora import ADAPTER_CONFIG, LoRA, is_adapter, load_adapter, merged_folder, merged_state, read_config, save_adapter
@@ -93,7 +93,7 @@ def find_directory(name: str, setting: str = "model.pretrained_model") -> Path:
         return path
     if path.exists():
         raise UserError(f"{setting}: {name} is a file: name the directory that holds config.json")
-    if is_path(name) or "/" not in name:
+    if is_path(name):
         raise no_directory(name, setting)
     from huggingface_hub import snapshot_download
 
@@ -207,6 +207,7 @@ def load_pretrained(
     tokenizer = load_tokenizer(path)
     decoder = empty_decoder(family, config, dtype, device, str(file))
     check_token_ids(config, str(file), decoder.config.vocab_size)
+    check_config_block_size(family, config, str(file))
     mask_id = find_mask_id(config, family, tokenizer, decoder.config.vocab_size, str(path))
     model = Pretrained(decoder, family, tokenizer, config, path, mask_id)
     check(model)

@@ -12,8 +12,8 @@ from typing import Any
 from common.errors import UserError
 from models.family import DecoderConfig, Family
 
-MARKED = DecoderConfig(1009, 77, num_layers=3, num_heads=7, num_kv_heads=5, head_dim=11, intermediate_size=19, rope_theta=17.0)
-"""A shape all of whose numbers differ, so that they can be found again under a family's keys."""
+MARKED = DecoderConfig(1009, 132, num_layers=5, num_heads=6, num_kv_heads=3, head_dim=22, intermediate_size=19, rope_theta=17.0)
+"""A shape that a model may have and all of whose numbers differ, so that they can be found again under a family's keys."""
 NUMBERS = {field.name: field.type for field in dataclasses.fields(DecoderConfig) if field.type in ("int", "float")}
 
 
@@ -32,8 +32,11 @@ def read_object(file: Path, advice: str = "mend it") -> dict[str, Any]:
 
 @functools.cache
 def keys_of_shape(family: Family) -> dict[str, list[str]]:
-    """{field of DecoderConfig: the family's keys of config.json for it}, of those that are numbers."""
-    keys = family.config_json(MARKED)
+    """{field of DecoderConfig: the family's keys of config.json for it}, of those that are numbers; none where it cannot say."""
+    try:
+        keys = family.config_json(MARKED)
+    except Exception:  # a user's function, of a shape that the user never gave: the keys only word messages
+        keys = {}
     return {name: [key for key, value in keys.items() if value == getattr(MARKED, name)] for name in NUMBERS}
 
 
@@ -44,6 +47,19 @@ def is_fit(field: str, value: Any) -> bool:
     return math.isfinite(value) and value > 0
 
 
+def null_size(family: Family, config: dict[str, Any]) -> str | None:
+    """The key of a config.json of which no shape can be made that is null, and that the family cannot do without. Other nulls may
+    mean something to the family, so they stay."""
+    sizes = {key for names in keys_of_shape(family).values() for key in names}
+    try:
+        family.decoder_config({key: value for key, value in config.items() if value is not None or key not in sizes})
+    except KeyError as error:
+        return error.args[0]
+    except Exception:  # there is more wrong with it, which its caller knows
+        pass
+    return None
+
+
 def decoder_shape(family: Family, config: dict[str, Any], where: str) -> DecoderConfig:
     """The shape that a config.json says. Raises UserError with file and key: `where` is the file."""
 
@@ -51,23 +67,31 @@ def decoder_shape(family: Family, config: dict[str, Any], where: str) -> Decoder
         meant = "a whole number above 0" if NUMBERS[field] == "int" else "a number above 0"
         return UserError(f"{where}: {key} is {value!r}, must be {meant}: mend it")
 
+    def missing(key: str) -> UserError:
+        return UserError(f"{where}: {key} is missing: take it from the published checkpoint's")
+
     keys = keys_of_shape(family)
     for field, names in keys.items():
         for key in names:
             if config.get(key) is not None and not is_fit(field, config[key]):
                 raise unfit(field, config[key], key)
     try:
-        family.decoder_config({key: value for key, value in config.items() if value is not None})  # what must be there, and is null
         shape = family.decoder_config(config)
-    except UserError:
-        raise
+    except UserError as error:
+        raise UserError(f"{where}: {str(error).removeprefix('config.json: ')}") from error
     except KeyError as error:
-        raise UserError(f"{where}: {error.args[0]} is missing: take it from the published checkpoint's") from error
+        raise missing(error.args[0]) from error
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        null = null_size(family, config)
+        if null is not None:
+            raise missing(null) from error
         raise UserError(f"{where}: no shape of a {family.name} model ({error}): compare it with the published one") from error
     for field in NUMBERS:
         value = getattr(shape, field)
         if not is_fit(field, value):
+            null = null_size(family, config) if value is None else None
+            if null is not None:
+                raise missing(null)
             key = next((key for key in keys[field] if key in config), None)
             raise unfit(field, value, field) if key is None else unfit(field, config[key], key)
     if shape.num_heads % shape.num_kv_heads:
@@ -87,6 +111,12 @@ def check_token_ids(config: dict[str, Any], where: str, vocab_size: int) -> None
         for one in value if several else [value]:
             if one is not None and (isinstance(one, bool) or not isinstance(one, int)):
                 raise UserError(f"{where}: {key} is {value!r}, must be a token id{' or a list of them' * several}: mend it")
-    pad = config.get("pad_token_id")
-    if pad is not None and not 0 <= pad < vocab_size:
-        raise UserError(f"{where}: pad_token_id {pad} lies outside the vocabulary of {vocab_size}: mend it, or set it to null")
+            if one is not None and key != "mask_token_id" and not 0 <= one < vocab_size:  # the mask: find_mask_id
+                raise UserError(f"{where}: {key} {one} lies outside the vocabulary of {vocab_size}: mend it, or set it to null")
+
+
+def check_config_block_size(family: Family, config: dict[str, Any], where: str) -> None:
+    """Raises UserError where a config.json says a block size that is none."""
+    size = family.config_block_size(config)
+    if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        raise UserError(f"{where}: block_size is {size!r}, must be a whole number above 0: mend it, or set it to null")

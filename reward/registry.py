@@ -137,20 +137,24 @@ def check_function(settings: Any) -> None:
         load_function(settings.function)
 
 
+def scoring_reward(data_type: str, function: str | None) -> type[Reward] | None:
+    """The registered reward that scores: the one that `reward.function` names, else that of `dataset.data_type`. None: a function
+    does. Raises UserError where there is none of that name."""
+    reward = REWARDS.get(data_type, "dataset.data_type")
+    if _names_a_function(function):
+        return None
+    return reward if function is None else REWARDS.get(function, "reward.function")
+
+
 def make_reward(data_type: str, settings: Any = None, config: Any = None) -> Reward:
     """The reward of `dataset.data_type`, scored by `settings.function` where that is set. Raises UserError.
 
     `settings`: the config's `reward` section; `config`: the whole, where there is one."""
 
-    def made(reward: type[Reward]) -> Reward:
-        return reward(settings) if config is None else reward.from_config(config)
-
-    reward = REWARDS.get(data_type, "dataset.data_type")
     function = getattr(settings, "function", None)
-    if function is None:
-        return made(reward)
-    if not _names_a_function(function):
-        return made(REWARDS.get(function, "reward.function"))
+    reward = scoring_reward(data_type, function)
+    if reward is not None:
+        return reward(settings) if config is None else reward.from_config(config)
     from reward.functions import FunctionReward, load_function
 
     return FunctionReward(load_function(function), function, settings)

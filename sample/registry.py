@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from common.registry import Registry
 
 ENGINES: Registry = Registry("attention kind")
@@ -21,6 +23,8 @@ UNMASKING.register("low_confidence_dynamic", "sample.unmask:low_confidence_dynam
 UNMASKING.register("sequential", "sample.unmask:sequential")
 UNMASKING.register("entropy_bounded", "sample.unmask:entropy_bounded")
 
+THRESHOLDED = "low_confidence_dynamic"
+"""The one among them that compares scores with the threshold; what others of your own make of it is theirs to say."""
 UNRANKED = frozenset({"sequential", "entropy_bounded"})
 """Strategies among them that do not see the target: what changes scores, or how they rank, changes nothing there."""
 
@@ -31,5 +35,5 @@ TARGETS.register("margin_confidence", "sample.sampling:margin_confidence")
 TARGETS.register("neg_entropy", "sample.sampling:neg_entropy")
 TARGETS.register("random", "sample.sampling:random_score")
 
-NEGATIVE_TARGETS = frozenset({"neg_entropy"})
-"""Those whose scores are 0 or less, so that a threshold on them is too; the scores of the others are from 0 to 1."""
+SCORE_RANGES: dict[str, tuple[float, float]] = {"neg_entropy": (-math.inf, 0.0)}
+"""Where the scores of a target lie, and so a threshold on them, if not from 0 to 1. One of your own adds its line here."""

@@ -51,9 +51,9 @@ def main(argv: list[str] | None = None, link: Link | None = None, model_base: st
         return
     data = load_data(config)
     if link is None:  # else the machines are asked for their models together, common/nodes_check.py
-        check_models(config)
+        check_models("sft", config)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("sft", config, sys.argv[0], argv, link)
     sft = SFTRun(config, data)
     try:
         while sft.run.step < sft.run.total_steps:
@@ -93,7 +93,8 @@ def load_data(config: Any) -> SFTData:
     evaluates = config.evaluation.if_eval and dataset.eval_dataset
     if evaluates:
         check_function(config.reward)
-    return SFTData(records, validation, load_tasks(dataset.eval_dataset, dataset.data_type) if evaluates else None)
+    tasks = load_tasks(dataset.eval_dataset, dataset.data_type, config.reward.function) if evaluates else None
+    return SFTData(records, validation, tasks)
 
 
 class SFTRun:

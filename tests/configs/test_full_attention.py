@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from common.errors import UserError
 from configs.load import load_config
 from models.registry import FAMILIES
-from sample.registry import NEGATIVE_TARGETS, TARGETS
+from sample.registry import SCORE_RANGES, TARGETS
 from sample.sampling import Distribution, entropy_of
 from tests.configs.test_load import MINIMAL, SHIPPED, job_of
 
@@ -91,6 +93,17 @@ def test_greedy_tokens_are_refused_where_positions_are_not_drawn_either(load, gr
                 with pytest.raises(UserError) as error:
                     load("rl", text, *given)
                 assert str(error.value).startswith(f"{said}: all responses of a task would be the same")
+    drawn = [greedy, "rollout.target=random"]
+    for text, steps, choices in [(MINIMAL, "denoising_steps_per_block", 4), (CANVAS, "steps", 5)]:
+        load("rl", text, *drawn, f"rollout.{steps}={choices}")
+    for text, nothing_to_choose in [
+        (MINIMAL, "rollout.block_size=1"),
+        (MINIMAL, "rollout.denoising_steps_per_block=1"),
+        (CANVAS, "rollout.block_size=1"),
+        (CANVAS, "rollout.steps=4"),
+    ]:
+        with pytest.raises(UserError, match=f"^{said}: all responses of a task would be the same"):
+            load("rl", text, *drawn, nothing_to_choose)
 
 
 DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"
@@ -113,12 +126,39 @@ def test_thresholds_lie_where_the_scores_do(load, job, section, text):
     own = "rollout" if (job, section) == ("rl", "rollout") else "evaluation"
     for target in sorted(SHIPPED_TARGETS - {"neg_entropy"}):
         assert not given(target, DYNAMIC, 0) and not given(target, DYNAMIC, 1)
-        assert given(target, DYNAMIC, -0.5) == f"{own}.dynamic_threshold: got -0.5, must be from 0 to 1 with {own}.target={target}"
-        assert "dynamic_threshold: got 1.5, must be at most 1" in given(target, DYNAMIC, 1.5)
+        for value in (-0.5, 1.5):
+            refused = f"{own}.dynamic_threshold: got {value}, must be from 0 to 1 with {own}.target={target}, where its scores lie"
+            assert given(target, DYNAMIC, value) == refused
+            assert not given(target, STATIC, value), "which reads no threshold: files of the reference say one all the same"
     assert not given("neg_entropy", DYNAMIC, -2.2) and not given("neg_entropy", DYNAMIC, 0)
-    refused = f"{own}.dynamic_threshold: got 0.9, must be 0 or less with {own}.target=neg_entropy: its scores are entropies"
-    assert given("neg_entropy", DYNAMIC, 0.9).startswith(refused)
-    assert not given("neg_entropy", STATIC, 0.9), "which reads no threshold: files of the reference say one all the same"
+    assert not given("neg_entropy", STATIC, 0.9)
+    for value, said in [(0.9, "0.9, the default,"), (0.8, "0.8,")]:
+        refused = f"{own}.dynamic_threshold: got {said} must be 0 or less with {own}.target=neg_entropy, where its scores lie"
+        assert given("neg_entropy", DYNAMIC, value) == refused
+
+
+def test_a_threshold_that_evaluation_has_from_rollout(load):
+    """Not spoken of where evaluation reads none, and not as something that was given where it does."""
+    rollout = ["rollout.target=neg_entropy", "rollout.dynamic_threshold=-0.5", f"rollout.remasking_strategy={DYNAMIC}"]
+    evaluation = ["evaluation.target=confidence", f"evaluation.remasking_strategy={STATIC}"]
+    assert load("rl", MINIMAL, *rollout, *evaluation).evaluation.dynamic_threshold == -0.5
+    with pytest.raises(UserError, match=r"^evaluation.dynamic_threshold: got -0.5, as in rollout, must be from 0 to 1 with eval"):
+        load("rl", MINIMAL, *rollout, "evaluation.target=confidence")
+
+
+def test_a_target_of_ones_own_says_where_its_scores_lie(load, monkeypatch):
+    monkeypatch.setattr(TARGETS, "_entries", {**TARGETS._entries, "log_confidence": len, "surprise": len, "any": len})
+    for name, bounds, inside, outside, meant in [
+        ("log_confidence", (-math.inf, 0.0), -0.1, 0.5, "0 or less"),
+        ("surprise", (0.0, math.inf), 7.0, -0.1, "0 or more"),
+        ("any", (-math.inf, math.inf), -7.0, None, ""),
+    ]:
+        monkeypatch.setitem(SCORE_RANGES, name, bounds)
+        given = [f"rollout.target={name}", f"rollout.remasking_strategy={DYNAMIC}", "rollout.dynamic_threshold="]
+        assert load("rl", MINIMAL, *given[:2], f"{given[2]}{inside}").rollout.dynamic_threshold == inside
+        if outside is not None:
+            with pytest.raises(UserError, match=f"got {outside}, must be {meant} with rollout.target={name}"):
+                load("rl", MINIMAL, *given[:2], f"{given[2]}{outside}")
 
 
 def test_scores_lie_where_thresholds_may():
@@ -128,7 +168,8 @@ def test_scores_lie_where_thresholds_may():
     scored = Distribution(logprobs, tokens, entropy_of(logprobs), keys.to(torch.int32))
     for name in SHIPPED_TARGETS:
         score = TARGETS.get(name)(scored)
-        assert (score <= 0).all() if name in NEGATIVE_TARGETS else ((score >= 0) & (score <= 1)).all(), name
+        low, high = SCORE_RANGES.get(name, (0.0, 1.0))
+        assert ((score >= low) & (score <= high)).all(), name
 
 
 def test_settings_of_the_other_attention_kind_are_said(load, capsys):

@@ -15,8 +15,9 @@ from common.errors import UserError
 from common.registry import Registry, closest
 from common.run_dir import RunDir
 from configs.checks import RANGES
+from configs.difference import config_difference
 from configs.help import help_text, settings
-from configs.load import ROOT, config_difference, describe, load_config, setting_types, to_yaml
+from configs.load import ROOT, describe, load_config, setting_types, to_yaml
 from configs.reference import flatten
 from configs.schema import Config
 
@@ -183,6 +184,7 @@ MISTAKES = [
     (["training.eps=${training.eps}"], "training.eps: Recursive"),
     (["training.eps=${model.model_base}"], "could not be converted to Float (on the command line; expected a number)"),
     (["training.eps=-1"], "training.eps: got -1.0, must be above 0"),
+    (["training.seed=4294967296"], "training.seed: got 4294967296, must be from 0 to 4294967295"),
     (["rollout.top_p=1.5"], "rollout.top_p: got 1.5, must be above 0 and at most 1"),
     (["evaluation.top_k=[1,-1]"], "evaluation.top_k: got -1, must be 0 or more"),
     (
@@ -203,7 +205,8 @@ MISTAKES = [
         "reward.overlong_penalty_tokens: got 2001, must be at most rollout.max_token, which is 2000",
     ),
     (["model.block_size=0"], "model.block_size: got 0, must be above 0"),
-    (["model.block_size=8"], "training.block_size: got 4, but model.block_size says that the run's checkpoints are of blocks of 8"),
+    (["model.block_size=8"], "training.block_size: got 4, as rollout.block_size is, but model.block_size says that the run"),
+    (["model.block_size=8", "training.block_size=16"], "training.block_size: got 16, but model.block_size says that the run's"),
     (["training.block_size=3"], "training.block_size: got 3, must be a multiple of rollout.block_size, which is 4"),
     (["rollout.block_size=8", "training.block_size=4"], "training.block_size: got 4, must be a multiple of rollout.block_size"),
     (["rollout.num_response_per_task=1"], "rollout.num_response_per_task: got 1, must be at least 2 without a value model"),
@@ -234,7 +237,9 @@ MISTAKES = [
     (["training.method=trace_rl"], "(did you mean TraceRL?)"),
     (["training.method=tracerl"], "training.method: unknown training method 'tracerl' (did you mean TraceRL?)"),
     (["training.method=semi-ar"], "training.method: got 'semi-ar', which is a method of sft, must be one of DiPO, TraceRL,"),
-    (["reward.function=nowhere.py:f"], "reward.function: got 'nowhere.py:f', but there is no file nowhere.py"),
+    (["reward.function=nowhere.py:f"], "reward.function: no such file: nowhere.py (looked in "),
+    (["reward.function=judge"], "reward.function: got 'judge', but there is none: set reward.judge.base_url, or model.process_rew"),
+    (["dataset.data_type=judge"], "dataset.data_type: got 'judge', but there is none: set reward.judge.base_url, or model.proc"),
     (["reward.function=nowhere.py"], "meant is path/to/file.py:name"),
     (["experiment.project=null"], "experiment.project: is missing, it is the run directory"),
     (["model.pretrained_model=null"], "model.pretrained_model: is missing"),
@@ -242,6 +247,12 @@ MISTAKES = [
     (["dataset.eval_dataset=null"], "dataset.eval_dataset: is missing"),
     (["experiment.plugins=[nowhere.py]"], "experiment.plugins: no such file: nowhere.py"),
     (["training.eps"], "training.eps: got no value"),
+    (["batch_size=4"], "batch_size: unknown setting on the command line (did you mean rollout.num_task_per_step?)"),
+    (["trainer.max_steps=4"], "trainer.max_steps: unknown setting on the command line (did you mean experiment.total_step?)"),
+    (["eval_every=4"], "eval_every: unknown setting on the command line (did you mean experiment.eval_every?)"),
+    (["--training.eps=5"], "--training.eps=5: unknown option: settings are given without dashes, as training.eps=5"),
+    (["config="], "config=FILE.yaml is missing: choose one of configs/, such as "),
+    (["experiment.deepspeed_file=/tmp"], "no file '/tmp' in accelerate_configs/, where there is 1_node_1_gpus_deepspeed_zero3, "),
     (["--print"], "--print: unknown option (did you mean --print-config?)"),
 ]
 
@@ -253,9 +264,32 @@ def test_mistakes(load, overrides, message):
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_reward_function_is_looked_for_where_it_is_loaded_from(load, tmp_path, monkeypatch):
+    """At home, and in the repo's root."""
+    from reward.registry import check_function
+
+    (tmp_path / "mine.py").write_text("def f(task, text, rollout):\n    return 1\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    check_function(load("rl", MINIMAL, "reward.function=~/mine.py:f").reward)
+    monkeypatch.chdir(tmp_path)
+    load("rl", MINIMAL, "reward.function=reward/exact.py:f")
+
+
+@pytest.mark.parametrize("job", ["rl", "eval", "sft"])
+def test_what_nothing_scores(load, job):
+    """A judge that is not there: refused wherever it alone would score, by either name; not where it would not."""
+    for scored_by in (["dataset.data_type=judge"], ["reward.function=judge"]):
+        with pytest.raises(UserError, match=f"^{scored_by[0].partition('=')[0]}: got 'judge', but there is none: set reward.judge"):
+            load(job, MINIMAL, *scored_by)
+        load(job, MINIMAL, *scored_by, "reward.judge.base_url=http://judge/v1")
+    load(job, MINIMAL, "dataset.data_type=judge", "reward.function=exact")
+    load("sft", MINIMAL, "reward.function=judge", "evaluation.if_eval=false")
+
+
 def test_every_number_has_a_range():
     numbers = {key for key, hint in setting_types().items() if "number" in describe(hint)}
-    assert numbers - {"reward.keep_solve_rate"} == {key for _, _, keys in RANGES for key in keys.split()}
+    of_scores = {"rollout.dynamic_threshold", "evaluation.dynamic_threshold"}  # theirs
+    assert numbers - {"reward.keep_solve_rate", *of_scores} == {key for _, _, keys in RANGES for key in keys.split()}
 
 
 def test_mistakes_in_the_file_name_it(load, tmp_path):
@@ -378,6 +412,15 @@ OF_AN_ADAPTER = ["training.lora.alpha=8", "training.lora.dropout=0.1", "training
     "job, given, where",
     [
         ("rl", IN_RL, "in RL"),
+        ("rl", ["evaluation.max_active=7"], "in RL, which evaluates with rollout.max_active"),
+        ("rl", ["training.kl_to=reference"], "in RL with training.beta=0"),
+        ("rl", ["training.mask_ratio=per_token"], "with a method that draws no masks"),
+        (
+            "sft",
+            ["training.eps=0.3", "training.beta=0.1", "training.kl_to=reference"],
+            "in finetuning, which maximises the likelihood",
+        ),
+        ("eval", ["evaluation.if_eval=false"], "in eval.py, which evaluates all the same"),
         ("rl", OF_A_VALUE_MODEL, "without a value model"),
         ("rl", ["optimizer.params.value_learning_rate=1e-3"], "without a value model"),
         ("rl", OF_AN_ADAPTER, "without training.lora.rank"),
@@ -399,11 +442,36 @@ def test_settings_without_a_use_in_this_job_are_said(load, capsys, job, given, w
     assert told == "warning" and listed.startswith(f"{where}: ") and sorted(listed.partition(": ")[2].split(", ")) == sorted(keys)
 
 
+@pytest.mark.parametrize(
+    "beside, given, where",
+    [
+        ("training.num_updates_per_step=2", ["training.num_train_epochs=2", "training.gradient_accumulation_steps=4"],
+         "in RL with training.num_updates_per_step"),
+        ("model.value_base_model=x", ["training.advantage=rloo"], "with a value model, which takes its place"),
+        ("model.value_shared=true", ["training.advantage=rloo"], "with a value model, which takes its place"),
+        ("model.value_base_model=x", ["training.value_loss_weight=0.1"], "with a value model of its own"),
+        ("model.value_shared=true", ["model.value_offload=always", "optimizer.params.value_learning_rate=1"],
+         "with model.value_shared, where the policy's update trains the value head"),
+    ],
+)  # fmt: skip
+def test_settings_without_a_use_beside_another_are_said(load, capsys, beside, given, where):
+    load("rl", MINIMAL, beside)
+    assert capsys.readouterr().err == "", "nothing is given"
+    load("rl", MINIMAL, beside, *given)
+    listed = ", ".join(sorted(one.partition("=")[0] for one in given))
+    err = capsys.readouterr().err
+    assert err.startswith(f"warning: settings that have no use {where}: ") and err.count("warning") == 1
+    assert ", ".join(sorted(err.rstrip().rpartition(": ")[2].split(", "))) == listed
+
+
 def test_settings_with_a_use_are_not_said(load, capsys):
     load("sft", MINIMAL, *IN_RL, "dataset.eval_dataset=b")
     load("rl", MINIMAL, *OF_A_VALUE_MODEL, "model.value_base_model=x", "optimizer.params.value_learning_rate=1e-3")
     load("sft", MINIMAL, *OF_AN_ADAPTER, "training.lora.rank=4", "lr_scheduler.params.min_lr_scale=0.1")
-    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true")
+    load("eval", MINIMAL, *OF_A_VALUE_MODEL, *OF_AN_ADAPTER, "evaluation.start_with_think=true", "evaluation.max_active=7")
+    load("rl", MINIMAL, "rollout.max_active=7", "training.gradient_accumulation_steps=4", "training.advantage=rloo")
+    load("rl", MINIMAL, "training.beta=0.1", "training.kl_to=reference", "training.num_updates_per_step=1")
+    load("rl", MINIMAL, "training.method=random_masking", "training.mask_ratio=per_token", "training.eps=0.3")
     assert capsys.readouterr().err == ""
 
 
@@ -420,6 +488,8 @@ def test_a_warm_up_longer_than_the_run(load, capsys):
     load("rl", MINIMAL, *settings, "lr_scheduler.params.warmup_steps=41")
     said = "lr_scheduler.params.warmup_steps=41: the run has 40 optimizer steps, so the learning rate never reaches its peak"
     assert capsys.readouterr().err == f"warning: {said}\n"
+    load("rl", MINIMAL, "experiment.total_step=1", "training.num_updates_per_step=1", "lr_scheduler.params.warmup_steps=41")
+    assert "the run has 1 optimizer step, so" in capsys.readouterr().err
     load("rl", MINIMAL, "experiment.total_step=20", "lr_scheduler.params.warmup_steps=41")
     assert capsys.readouterr().err == "", "how many updates a step has is not known before its rollouts"
 
@@ -473,7 +543,7 @@ def test_settings_for_images_are_said_to_have_no_use(load, capsys):
     load("eval", MINIMAL, *(f"{key}={value}" for key, value in IMAGES.items()), "rollout.tensor_parallel_size=2")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("warning: settings on the command line that have no use here: rollout.tensor_parallel_size")
-    assert [f"{key} (images are not supported yet)" in line for key in IMAGES] == [True] * 6
+    assert f"{', '.join(IMAGES)} (images are not supported yet)" in line
     defaults = {key: flatten(dataclasses.asdict(Config()))[key] for key in IMAGES}
     load("eval", MINIMAL, *(f"{key}={'null' if value is None else value}" for key, value in defaults.items()))
     assert capsys.readouterr().err == "", "defaults ask for nothing"
@@ -535,6 +605,29 @@ def test_config_difference(load):
     without = saved.replace("  head_chunk: 2048\n", "")
     assert without != saved and config_difference(without, load("rl", MINIMAL)) == []
     assert config_difference(saved + "gone: 1\n", load("rl", MINIMAL)) == ["gone: 1 there, 'unknown' here"]
+
+
+def test_what_results_do_not_depend_on(load, tmp_path, monkeypatch):
+    saved = to_yaml(load("eval", MINIMAL))
+
+    def difference(*overrides: str, job="eval") -> list[str]:
+        return config_difference(saved, load(job, MINIMAL, *overrides), of_results=True)
+
+    harmless = "evaluation.max_active=7 evaluation.if_eval=false model.prepare_config=x experiment.save_every=3 training.eps=0.3"
+    assert difference(*harmless.split(), "optimizer.params.learning_rate=1", "dataset.train_dataset=other") == []
+    for change in ["training.seed=3", "training.max_prompt_len=9", "evaluation.max_token=2001", "reward.timeout_seconds=9"]:
+        assert difference(change)[0].startswith(change.replace("=", ": ").partition(" ")[0])
+    assert len(config_difference(saved, load("eval", MINIMAL, *harmless.split()))) == 6, "of a run they count, and eps_high"
+
+
+def test_a_path_may_be_written_in_several_ways(load, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models" / "m").mkdir(parents=True)
+    saved = to_yaml(load("rl", MINIMAL, "model.pretrained_model=models/m"))
+    for same in ["models/m/", "./models/m", str(tmp_path / "models" / "m")]:
+        assert config_difference(saved, load("rl", MINIMAL, f"model.pretrained_model={same}")) == []
+    for other in ["models/n", "models", "models/m/.."]:
+        assert len(config_difference(saved, load("rl", MINIMAL, f"model.pretrained_model={other}"))) == 1
 
 
 def test_every_field_is_documented_and_helped():

@@ -80,7 +80,8 @@ def test_rl_full_attention_with_value_model(load, capsys):
     assert config.rollout.reward_model.k_sample == 3
     line, *_ = capsys.readouterr().err.splitlines()
     keys = ["model.vq_model_path", "dataset.image_root", "dataset.add_think_prompt", "reward.answer_must_in_box"]
-    assert all(f"{key} (images are not supported yet)" in line for key in keys) and "rollout.batch_size" in line
+    assert f"{', '.join(keys)} (images are not supported yet)" in line and "rollout.batch_size" in line
+    assert "rollout.batch_size, evaluation.batch_size (max_active says" in line, "a reason is said once"
     assert "strict_len_check" not in line and "image_resolution" not in line, "as they are by default"
 
 
@@ -105,7 +106,7 @@ def test_rl_full_attention(load, capsys):
 
 
 def test_what_is_evaluated_on_under_either_name(load):
-    assert load("rl", RL_DREAM, "dataset.eval_dataset=GSM8K", "evaluation.data_type=exact").dataset.eval_dataset == "GSM8K"
+    assert load("rl", RL_DREAM, "dataset.eval_dataset=GSM8K").dataset.eval_dataset == "GSM8K"
     assert load("rl", RL_DREAM.replace("MATH500", "${dataset.train_dataset}")).dataset.eval_dataset == "MATH_train"
     alone = RL_DREAM.replace('"rl_data"\n    data_type: "math"\n', '"rl_data"\n').replace('data_type: "math"', 'data_type: "code"')
     assert load("rl", alone).dataset.data_type == "code"
@@ -117,6 +118,19 @@ def test_what_is_evaluated_on_under_either_name(load):
     )
     with pytest.raises(UserError, match="^evaluation.eval_dataset: got 'MATH500', but dataset.eval_dataset says 'AIME2024': they"):
         load("rl", RL_DREAM.replace('"rl_data"\n', '"rl_data"\n    eval_dataset: "AIME2024"\n'))
+
+
+def test_an_override_of_one_data_type_does_not_change_the_other(load):
+    """Silently: an evaluation of another kind would have changed what is learnt from."""
+    ours, theirs = "dataset.data_type", "evaluation.data_type"
+    only_ours = RL_DREAM.replace('"MATH500"\n    data_type: "math"\n', '"MATH500"\n')
+    for text, name, other in [(RL_DREAM, theirs, ours), (RL_DREAM, ours, theirs), (only_ours, theirs, ours)]:
+        assert load("rl", text, f"{name}=math").dataset.data_type == "math"
+        assert load("rl", text, f"{name}=code", f"{other}=code").dataset.data_type == "code"
+        with pytest.raises(UserError, match=f"^{name}: got 'code' on the command line, but {other} is 'math' in .*: training and"):
+            load("rl", text, f"{name}=code")
+    assert load("rl", only_ours, f"{ours}=code").dataset.data_type == "code"
+    assert load("eval", EVAL, f"{theirs}=exact").dataset.data_type == "exact", "which trains nothing"
 
 
 @pytest.mark.parametrize("method, objective", [("random_masking", "clipped"), ("coupled", "clipped")])
@@ -201,7 +215,7 @@ def test_eval_with_the_model_at_the_top(load, capsys):
         and config.model.image_resolution == 256
     )
     (line,) = capsys.readouterr().err.splitlines()
-    assert [f"{key} (images" in line for key in ["vq_model_path", "image_resolution", "answer_must_in_box"]] == [True] * 3
+    assert "model.vq_model_path, model.image_resolution, reward.answer_must_in_box (images" in line
     evaluation = config.evaluation  # eval files of the reference say rollout
     assert evaluation.remasking_strategy == ["low_confidence_static", "low_confidence_dynamic"]
     assert (evaluation.top_k, evaluation.block_size, evaluation.num_response_per_task) == ([50], [4], 3)

@@ -44,6 +44,19 @@ def test_load_tasks(tmp_path, suffix, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.parametrize("suffix", [".json", ".jsonl"])
+def test_text_as_windows_writes_it(tmp_path, suffix):
+    path = write(tmp_path / f"mine{suffix}", ROWS[:1])
+    plain = load_tasks(path, "math")
+    path.write_bytes(b"\xef\xbb\xbf" + path.read_bytes())
+    assert load_tasks(path, "math") == plain
+
+
+def test_whole_characters_may_be_escaped(tmp_path):
+    (tmp_path / "a.json").write_text('[{"question": "\\ud83d\\ude00 \\u00e9", "ground_truth_answer": "1"}]')
+    assert load_tasks(tmp_path / "a.json", "math")[0].question == "\U0001f600 \u00e9"
+
+
 def test_ids_and_numbers(tmp_path):
     rows = [{"id": 7, "question": "q", "ground_truth_answer": 5}, {"task_id": "x", "question": "q", "ground_truth_answer": 2.5}]
     tasks = load_tasks(write(tmp_path / "a.json", rows), "math")
@@ -83,6 +96,11 @@ def test_a_wrong_record_is_named(tmp_path, suffix, row, message):
         ("list.json", '[{"question": "q", "ground_truth_answer": ["1"]}]', "is a list, wanted text or a number"),
         ("bool.json", '[{"question": "q", "ground_truth_answer": true}]', "is true or false, wanted"),
         ("twice.json", f'[{{"id": 1, {FIELDS}}}, {{"id": "1", {FIELDS}}}]', "record 2: id '1' is that of record 1 too"),
+        ("digits.json", f'[{{"question": "q", "ground_truth_answer": {"9" * 5000}}}]', "holds what cannot be read .*digits"),
+        ("digits.jsonl", f'{{{FIELDS}}}\n{{"question": "q", "x": {"9" * 5000}}}', "line 2 cannot be read .*digits"),
+        ("deep.json", "[" * 200_000, "holds what cannot be read .*recursion"),
+        ("half.json", '[{"question": "s\\ud800=", "ground_truth_answer": "1"}]', "record 1: field 'question' holds half a char"),
+        ("half.jsonl", f'{{{FIELDS}}}\n{{{FIELDS}, "tests": [{{"x": "\\udc00"}}]}}', "record 2: field 'tests' holds half a char"),
         ("broken.parquet", "PAR0nonsense", "not a readable parquet file"),
         ("table.csv", "question\n", "cannot read .csv"),
     ],
@@ -93,6 +111,19 @@ def test_a_wrong_file_is_named(tmp_path, name, content, message):
     with pytest.raises(UserError, match=message) as caught:
         load_tasks(path, "math")
     assert name in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_records_are_checked_for_the_reward_that_scores(tmp_path):
+    """By reward.function too: the answers are those that it compares with."""
+    path = write(tmp_path / "a.json", ROWS[:1])
+    with pytest.raises(UserError, match=r"record 1: field 'test_method' is missing \(reward.function=code\)$"):
+        load_tasks(path, "math", "code")
+    program = {"question": "q", "test_method": "function", "test_list": ["assert f(1)"]}
+    with pytest.raises(UserError, match=r"record 1: field 'ground_truth_answer' is missing \(reward.function=math\)$"):
+        load_tasks(write(tmp_path / "b.json", [program]), "code", "math")
+    path = write(tmp_path / "c.json", [{**program, "ground_truth_answer": "1"}])
+    assert [load_tasks(path, *scoring)[0].answer for scoring in [("code",), ("code", "math"), ("math", "code")]] == [None, "1", "1"]
+    assert load_tasks(path, "math", "mine.py:reward") == load_tasks(path, "math")
 
 
 def test_a_missing_data_set_lists_what_is_there(tmp_path):

@@ -228,9 +228,19 @@ def test_weights_of_another_shape(place: Place, start: Any):
 
 
 def test_a_model_that_another_job_makes(place: Place, start: Any):
-    place.changes["model.pretrained_model"] = place.folder / "nowhere"
-    words = f"no directory {place.folder}/nowhere: `python rl.py config=configs/rl_tiny.yaml` makes it"
-    assert_refused(start, "eval", place, words)
+    recipe = place.folder / "mine.yaml"
+    recipe.write_text(
+        f"experiment: {{project: {place.folder}/tuned}}\nmodel: {{pretrained_model: tiny-random, model_base: sdar}}\n"
+        "dataset: {optimization_data: tiny_sort_train}\n"
+    )
+    place.changes["model.prepare_config"] = recipe
+    made, other = place.folder / "tuned" / "ckpt" / "optimized", place.folder / "tuned" / "ckpt" / "optimised"
+    command = f"`python train/sft.py config={recipe}` makes"
+    place.changes["model.pretrained_model"] = made
+    assert_refused(start, "eval", place, f"no directory {made}: {command} it, or give")
+    place.changes["model.pretrained_model"] = other
+    for job in ("eval", "rl"):  # which is not made, then said not to be there
+        assert_refused(start, job, place, f"no directory {other}: {command} {made}, or give")
 
 
 @pytest.mark.parametrize("job", ["rl", "eval"])

@@ -116,7 +116,7 @@ def test_only_the_same_evaluation_writes_over_itself(server: ForkServer, setting
     assert listing(project) == before
     # The same one, with what may differ, and from a directory that was moved.
     moved = project.rename(tmp_path / "moved")
-    same = {**short, "system.ssh_port": 23}
+    same = {**short, "system.ssh_port": 23, "evaluation.max_active": 3, "model.pretrained_model": f"{jobs_dir}/model/"}
     again = server.run("eval.py", settings("eval", moved, same))
     assert again.code == 0, again.err
     assert listing(moved).keys() == before.keys()
@@ -124,7 +124,7 @@ def test_only_the_same_evaluation_writes_over_itself(server: ForkServer, setting
     shutil.copy(jobs_dir / "test.json", tmp_path / "second.json")
     second = {**short, "model.pretrained_model": other, "dataset.eval_dataset": tmp_path / "second.json"}
     assert server.run("eval.py", settings("eval", moved, second)).code == 0
-    for name, model in [("test", jobs_dir / "model"), ("second", other)]:
+    for name, model in [("test", same["model.pretrained_model"]), ("second", other)]:
         assert json.loads((moved / "results" / f"{name}.json").read_text())[0]["settings"]["pretrained_model"] == str(model)
         assert yaml.safe_load((moved / "results" / f"{name}.config.yaml").read_text())["model"]["pretrained_model"] == str(model)
     # Results that say nothing of where they are from.
@@ -153,11 +153,11 @@ def test_beside_other_jobs(server: ForkServer, settings: Any, tmp_path: Path):
 
 @pytest.mark.parametrize("script, config", [("rl.py", "rl_tiny"), ("eval.py", "tiny_eval"), ("train/sft_sdar.py", "sft_tiny")])
 def test_print_config(script: str, config: str, server: ForkServer, tmp_path: Path):
-    arguments = [f"config=configs/{config}.yaml", f"experiment.project={tmp_path}/run", "training.eps=0.3"]
+    arguments = [f"config=configs/{config}.yaml", f"experiment.project={tmp_path}/run", "training.seed=3"]
     job = server.run(script, [*arguments, "--print-config"])
     assert job.code == 0 and job.err == ""
     shown = yaml.safe_load(job.out)
-    assert shown["training"]["eps"] == 0.3 and shown["experiment"]["project"] == f"{tmp_path}/run"
+    assert shown["training"]["seed"] == 3 and shown["experiment"]["project"] == f"{tmp_path}/run"
     assert not (tmp_path / "run").exists()
     # What is printed is a config of its own.
     (tmp_path / "again.yaml").write_text(job.out)

@@ -106,6 +106,8 @@ def test_a_half_finetuned_model_is_finished_first(finished: bool, tmp_path: Path
     assert prepare(made) == (0 if finished else 1)
     (tmp_path / "other").mkdir()
     assert prepare(tmp_path / "other") == 0, "another model"
+    assert prepare(tmp_path / "sft" / "ckpt" / "optimised") == 0, "one that the job does not make"
+    assert prepare("owner/name") == 0, "one of the hub"
 
 
 @pytest.mark.parametrize("links", [True, False])

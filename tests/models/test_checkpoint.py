@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,8 +13,9 @@ from safetensors.torch import load_file, save_file
 
 import models.checkpoint as checkpoint
 from common.errors import UserError
+from configs.schema import Config
 from models.checkpoint import find_directory, load_pretrained, save_pretrained
-from models.config_json import keys_of_shape
+from models.config_json import decoder_shape, keys_of_shape
 from models.names import check_models
 from models.registry import FAMILIES
 from models.tiny import build_tiny
@@ -146,20 +149,63 @@ def test_models_are_looked_for_before_anything_is_read(tmp_path):
     def config(judge_url=None, **model):
         names = dict.fromkeys(["pretrained_model", "value_base_model", "process_reward_model", "prepare_config"])
         return SimpleNamespace(
-            model=SimpleNamespace(**{**names, **model}), reward=SimpleNamespace(judge=SimpleNamespace(base_url=judge_url))
+            model=SimpleNamespace(**{**names, **model}),
+            reward=SimpleNamespace(function=function, judge=SimpleNamespace(base_url=judge_url)),
+            dataset=SimpleNamespace(data_type=data_type),
         )
 
-    gone = f"{tmp_path}/gone"
-    for good in ["tiny-random", "owner/name", "gpt2", str(tmp_path)]:
-        check_models(config(pretrained_model=good, value_base_model=good, process_reward_model=good), uses_judge=True)
-    check_models(config(pretrained_model="owner/name", process_reward_model=gone))
-    check_models(config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone), uses_judge=True)
-    for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
+    data_type, function, gone = "math", None, f"{tmp_path}/gone"
+    for good in ["tiny-random", "owner/name", str(tmp_path)]:
+        check_models("rl", config(pretrained_model=good, value_base_model=good, process_reward_model=good))
+    check_models("rl", config("http://judge/v1", pretrained_model="owner/name", process_reward_model=gone))
+    for job in ["eval", "sft"]:  # which train no value model, and need no judge where answers are compared
+        check_models(job, config(pretrained_model="owner/name", value_base_model=gone, process_reward_model=gone))
+
+    def refused(job, key):
         with pytest.raises(UserError, match=f"^model.{key}: no directory {gone}: give an existing directory or a hub name"):
-            check_models(config(**{"pretrained_model": "owner/name", key: gone}), uses_judge=True)
-    for made_by, command in [("configs/rl_tiny.yaml", "rl.py"), ("configs/sft_tiny.yaml", "train/sft.py")]:
-        with pytest.raises(UserError, match=f"no directory {gone}: `python {command} config={made_by}` makes it"):
-            check_models(config(pretrained_model=gone, prepare_config=made_by))
+            check_models(job, config(**{"pretrained_model": "owner/name", key: gone}))
+
+    for key in ["pretrained_model", "value_base_model", "process_reward_model"]:
+        refused("rl", key)
+    check_models("rl", config(pretrained_model="owner/name", process_reward_model="gpt2"))
+    gone = "mymodel"
+    for key in ["pretrained_model", "value_base_model"]:
+        refused("rl", key)
+    gone = f"{tmp_path}/gone"
+    refused("eval", "pretrained_model")
+    refused("sft", "pretrained_model")
+    data_type = "judge"
+    refused("eval", "process_reward_model")
+    function = "math"
+    check_models("eval", config(pretrained_model="owner/name", process_reward_model=gone))
+    data_type, function = "math", "judge"
+    refused("eval", "process_reward_model")
+
+
+def test_a_model_that_is_missing_is_said_to_be_made_where_it_is(tmp_path):
+    """model.prepare_config is read: which job it is of, and what that makes, whatever its name."""
+    start = f"experiment: {{project: {tmp_path}/it}}\nmodel: {{pretrained_model: x, model_base: sdar, optimized_name: best}}\n"
+    for name, data in [("rl_of_mine", "optimization_data: a"), ("sft_of_mine", "train_dataset: a"), ("broken", "eval_dataset: a")]:
+        (tmp_path / f"{name}.yaml").write_text(f"{start}dataset: {{{data}}}\n")
+
+    def said(model, made_by):
+        names = {"value_base_model": None, "process_reward_model": None, "prepare_config": f"{tmp_path}/{made_by}.yaml"}
+        config = Config()
+        config.model = replace(config.model, pretrained_model=model, **names)
+        with pytest.raises(UserError) as error:
+            check_models("eval", config)
+        return str(error.value)
+
+    made, gone = f"{tmp_path}/it/ckpt/best", f"{tmp_path}/it/ckpt/bset"
+    for made_by, script in [("rl_of_mine", "train/sft.py"), ("sft_of_mine", "rl.py")]:
+        command = f"`python {script} config={tmp_path}/{made_by}.yaml`"
+        for same in [made, f"{made}/", f"{made}/../best"]:
+            assert f"no directory {same}: {command} makes it, or give an existing directory" in said(same, made_by)
+        assert f"no directory {gone}: {command} makes {made}, or give an existing directory" in said(gone, made_by)
+    for made_by in ["broken", "nowhere"]:
+        assert said(made, made_by) == (
+            f"model.pretrained_model: no directory {made}: give an existing directory or a hub name (owner/name)"
+        )
 
 
 def test_the_setting_that_named_the_path_is_blamed(tmp_path):
@@ -245,6 +291,39 @@ def test_null_numbers(config_only, key):
     assert said in refusal(path, family)
 
 
+def test_a_family_that_reads_nulls_and_checks_its_shape():
+    """A plugin's functions are asked as their author meant them: of the file as it stands, of shapes that a model may have."""
+
+    def decoder_config(config):
+        if config["rope_scaling"] is not None:
+            raise UserError("rope_scaling is not supported: set it to null")
+        return usual.decoder_config(config)
+
+    def config_json(c):
+        assert c.hidden_size == c.num_heads * c.head_dim and c.num_heads % c.num_kv_heads == 0 and c.head_dim % 2 == 0
+        if is_picky:
+            raise ValueError("of my own sizes alone")
+        return usual.config_json(c)
+
+    usual = FAMILIES.get("sdar")
+    whole = {**build_tiny(usual).config, "rope_scaling": None}
+    for is_picky in (False, True):
+        family = replace(usual, name=f"picky-{is_picky}", decoder_config=decoder_config, config_json=config_json)
+        assert decoder_shape(family, whole, "x/config.json") == decoder_shape(usual, whole, "x/config.json")
+        for changes, said in [
+            ({"rope_scaling": {"factor": 2}}, "x/config.json: rope_scaling is not supported: set it to null"),
+            ({"num_hidden_layers": 0}, f"x/config.json: {'num_layers' if is_picky else 'num_hidden_layers'} is 0, must be a whole"),
+        ]:
+            with pytest.raises(UserError, match=f"^{re.escape(said)}"):
+                decoder_shape(family, {**whole, **changes}, "x/config.json")
+    assert {field: keys_of_shape(usual)[field] for field in ("hidden_size", "num_kv_heads", "head_dim", "rope_theta")} == {
+        "hidden_size": ["hidden_size"],
+        "num_kv_heads": ["num_key_value_heads"],
+        "head_dim": ["head_dim"],
+        "rope_theta": ["rope_theta"],
+    }
+
+
 def test_heads_that_do_not_divide(config_only):
     family, path = config_only
     whole = json.loads((path / "config.json").read_text())
@@ -269,11 +348,22 @@ def test_token_ids(config_only):
         ({"pad_token_id": -1}, f"config.json: pad_token_id -1 lies outside the vocabulary of {size}: mend it, or set it to null"),
         ({"eos_token_id": "<|im_end|>"}, "config.json: eos_token_id is '<|im_end|>', must be a token id: mend it"),
         ({"eos_token_id": [3, "x"]}, "config.json: eos_token_id is [3, 'x'], must be a token id or a list of them: mend it"),
+        ({"eos_token_id": -5}, f"config.json: eos_token_id -5 lies outside the vocabulary of {size}: mend it, or set it to null"),
+        ({"eos_token_id": [3, size]}, f"config.json: eos_token_id {size} lies outside the vocabulary of {size}: mend it"),
         ({"eos_token_id": [3, 4]}, "no .safetensors file"),
         ({"mask_token_id": size}, f"mask token id {size} lies outside the vocabulary of {size}"),
     ]:
         (path / "config.json").write_text(json.dumps({**whole, **changes}))
         assert said in refusal(path, family), changes
+
+
+@pytest.mark.parametrize("size", ["4", 0, -4, 4.5, True, [4]])
+def test_a_block_size_that_is_none(config_only, size):
+    family, path = config_only
+    (path / "config.json").write_text(json.dumps({**json.loads((path / "config.json").read_text()), "block_size": size}))
+    is_read = FAMILIES.get(family).attention == "block"  # others have no use for the key
+    said = f"{path}/config.json: block_size is {size!r}, must be a whole number above 0" if is_read else "no .safetensors file"
+    assert said in refusal(path, family)
 
 
 @pytest.mark.parametrize("text, said", [("[1, 2]", "got a list, expected an object"), ("{", "not JSON"), ("", "not JSON")])

@@ -154,7 +154,7 @@ def wait_for(name, ranks=(0, 1)):
 def main(argv, link=None):
     config = load_config("rl", argv)
     if needs_launch(config, link):
-        launch(config, sys.argv[0], argv, link)
+        launch("rl", config, sys.argv[0], argv, link)
     body(argv)
 
 def body(argv):

@@ -12,6 +12,7 @@ from common.deepspeed_files import read_deepspeed_file
 from common.errors import UserError
 from common.launch import needs_launch
 from common.nodes import find_place, first_host
+from common.nodes_check import machine_report
 from common.nodes_link import Wire
 from common.nodes_remote import Remote
 from common.nodes_start import interface_of, passed_environment
@@ -127,6 +128,15 @@ def test_there_is_a_file_for_every_size(machines, stage):
     assert (file.num_machines, file.num_processes, file.zero_stage) == (machines, 8 * machines, stage)
     of_machines = [f"experiment.num_node={machines}", f"experiment.deepspeed_file={file.path.stem}"]
     load_config("rl", ["config=configs/rl_trado.yaml", *of_machines])
+
+
+def test_machines_report_the_models_that_the_job_reads(tmp_path):
+    gone = f"{tmp_path}/gone"
+    models = ["model.pretrained_model=owner/name", f"model.value_base_model={gone}", f"model.process_reward_model={gone}"]
+    config = load_config("eval", ["config=configs/tiny_eval.yaml", *models])
+    assert machine_report("eval", config, 1)["models"] == {"model.pretrained_model": ""}
+    with pytest.raises(UserError, match=f"^model.value_base_model: no directory {gone} on this machine"):
+        machine_report("rl", config, 1)
 
 
 def test_a_file_for_another_number_of_machines():
