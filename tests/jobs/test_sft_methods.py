@@ -109,7 +109,7 @@ def test_accelerate_launch_and_two_ranks_are_the_run_of_one_process(server: Fork
     assert sft(server, "sft_tiny_coupled", tmp_path / "one", *changes).code == 0
     start = ["config=configs/sft_tiny_coupled.yaml", *changes]
     launcher = [Path(sys.executable).with_name("accelerate"), "launch", "--config_file", "accelerate_configs/cpu.yaml"]
-    command(*launcher, "train/sft_trado.py", *start, f"experiment.project={tmp_path / 'launched'}")
+    command(*launcher, "train/sft_trado.py", *start, "model.model_base=trado", f"experiment.project={tmp_path / 'launched'}")
     command(sys.executable, SCRIPT, *start, f"experiment.project={tmp_path / 'two'}", "experiment.num_processes=2")
     one = read_metrics(tmp_path / "one")
     assert len(one) == 4 and "eval/validation_loss" in one[1]
