@@ -53,7 +53,7 @@ def load_value_model(
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
     if pretrained.adapter is not None:
-        head = read_extra(pretrained.adapter, VALUE_HEAD)
+        head = read_extra(pretrained.source, VALUE_HEAD)
     if head is not None:
         with torch.no_grad():
             model.head.weight.copy_(head)

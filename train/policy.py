@@ -69,7 +69,7 @@ def build_policy(model: Pretrained, config: Any, temperature: float) -> Policy:
     """A policy as the config says. temperature: of the rollouts; 1 for supervised finetuning."""
     t = config.training
     policy = Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk, config.model.value_shared)
-    head = None if model.path is None else model.path.parent / config.model.optimized_value_name / VALUE_HEAD_FILE
+    head = None if model.source is None else model.source.parent / config.model.optimized_value_name / VALUE_HEAD_FILE
     if policy.value_head is not None and head is not None and head.is_file():  # of the run that the checkpoint is from
         with torch.no_grad():
             policy.value_head.weight.copy_(load_file(head)[VALUE_HEAD])

@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import dist
 from common.records import ScoredRollout
-from models.value import load_value_model, save_value_model
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE, load_value_model, save_value_model
 from tests.train.steps import (
     FULL_ATTENTION,
     forget_accelerator,
@@ -220,6 +221,34 @@ def test_a_shared_head_is_found_again_by_the_next_run(rollouts, tmp_path):
     save_pretrained(model, state(model), tmp_path / "ckpt" / "optimized")
     again = load_pretrained(str(tmp_path / "ckpt" / "optimized"), "sdar", torch.float32)
     assert (build_policy(again, config, 1.0).value_head.weight == 0.25).all()
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_a_shared_head_is_found_beside_the_adapter_that_a_run_starts_from(tmp_path, rank):
+    """Also where the adapter is merged; not beside its base, where another run's head may be."""
+    from models.checkpoint import load_pretrained, save_pretrained
+    from models.lora import prepare_for_training
+    from tests.models.test_checkpoint import state
+    from train.policy import build_policy
+
+    heads = {"base": 0.5, "adapter": 0.25}
+    for run, value in heads.items():
+        head = tmp_path / run / "optimized_value" / VALUE_HEAD_FILE
+        head.parent.mkdir(parents=True)
+        save_file({VALUE_HEAD: torch.full((1, 64), value)}, head)
+    base, adapter = str(tmp_path / "base" / "optimized"), str(tmp_path / "adapter" / "optimized")
+    config = rl_config("model.value_shared=true", "training.lora.rank=2")
+    save_pretrained(tiny_model(3), state(tiny_model(3)), Path(base))
+    model = load_pretrained(base, "sdar", torch.float32)
+    prepare_for_training(model, config.training.lora, base, 0)
+    assert (build_policy(model, config, 1.0).value_head.weight == heads["base"]).all()
+    save_pretrained(model, state(model), Path(adapter))
+
+    again = load_pretrained(adapter, "sdar", torch.float32)
+    config.training.lora.rank = rank
+    prepare_for_training(again, config.training.lora, adapter, 0)
+    assert (again.adapter is None) == (rank is None)
+    assert (build_policy(again, config, 1.0).value_head.weight == heads["adapter"]).all()
 
 
 def test_offloading_twice_loses_nothing(saved_model):
