@@ -78,8 +78,8 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
     if not s.fused:
         yield "training.fused_kernels=true", dataclasses.replace(s, fused=True)
     for budget in (8192, 4096, 2048):
-        tokens = whole_tiles(max(budget, s.prompt + s.response))  # as in setup_of
-        if tokens < s.tokens and s.attention == "block":
+        tokens = whole_tiles(max(budget, s.longest))  # as in setup_of
+        if tokens < s.tokens:
             fewer = dataclasses.replace(s, tokens=tokens, predictions=min(s.predictions, tokens // 2))
             yield f"training.max_tokens_per_microbatch={budget}", fewer
     if s.value is not None and not s.value_offloaded_in_rollout:
@@ -143,9 +143,9 @@ def setup_of(
     t, r = config.training, config.rollout
     bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and t.mixed_precision == "bf16")
     sharding = sharding_asked_for(config, bf16) if sharding is None else sharding
-    budget, prompt, response = t.max_tokens_per_microbatch, t.max_prompt_len, t.max_gen_length
-    if family.attention == "block" or job == "rl":  # never cut: a slice with the clean text before it; a row
-        budget = max(budget, prompt + response)
+    # Never cut: a slice with the clean text before it, a canvas, the text of `ar`. Tiles hold the fill of a last block.
+    longest = t.max_prompt_len + t.max_gen_length
+    budget = max(t.max_tokens_per_microbatch, longest)
     s = Setup(
         shape=shape,
         itemsize=2 if bf16 else 4,
@@ -158,6 +158,7 @@ def setup_of(
         dropped=adapted_weights(family, t.lora.target_modules) if t.lora.rank and t.lora.dropout else (),
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),
+        longest=longest,
         predictions=budget // 2,
         head_chunk=t.head_chunk,
         recomputed_layers=None if t.gradient_checkpointing_enable else 0,
@@ -169,7 +170,7 @@ def setup_of(
         has_reference=job == "rl" and t.kl_to == "reference" and bool(t.beta),
         samples=job == "rl" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None),
         attention=family.attention,
-        prompt=prompt,
+        prompt=t.max_prompt_len,
         response=r.max_token,
         block_size=r.block_size,
         max_active=min(r.max_active, -(-r.num_task_per_step * r.num_response_per_task // gpus))

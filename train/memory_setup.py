@@ -73,6 +73,8 @@ class Setup:
     """Float32 states of the optimizer per trained parameter: 2 (AdamW) or 0 (SGD)."""
     tokens: int = 16_384
     """Of the largest pack."""
+    longest: int = 2784
+    """Tokens of the longest part of a document that is not cut further, whatever `training.max_tokens_per_microbatch`."""
     predictions: int = 8_192
     """Of the largest pack."""
     head_chunk: int = 2048

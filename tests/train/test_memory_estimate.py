@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -27,9 +28,12 @@ from tests.distributed.harness import ROOT, clean_environment
 from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
 from train import loop, memory_engine, memory_estimate, memory_items, memory_setup, run
+from train.layout import Layout
 from train.memory_estimate import check_fits, main, read_shape, setup_of
 from train.memory_items import GIB, MARGIN, choose_recomputed, estimate, states, total_bytes, update_bytes
 from train.memory_setup import Setup, num_parameters
+from train.packing import assign, num_tokens
+from train.sft_data import as_response
 
 EIGHT_B = SHAPES["sdar-8b"]
 SDAR = FAMILIES.get("sdar")
@@ -461,6 +465,39 @@ def test_the_setup_of_a_config(name, zero, adapter):
     check_fits(s, H200)
     with pytest.raises(UserError):
         check_fits(s, 12 * GIB)
+
+
+@pytest.mark.parametrize(
+    "family, job, method",
+    [("sdar", "rl", "TraceRL"), ("sdar", "sft", "semi-ar"), ("sdar", "sft", "trace"), ("llada", "rl", "TraceRL")]
+    + [("llada", "sft", "random_masking"), ("dream", "sft", "semi-ar"), ("dream", "sft", "ar")],
+)
+def test_the_largest_pack_is_that_of_the_longest_text(family, job, method):
+    """A slice and a canvas are never cut, however small the budget of tokens; nor is the text of `ar`."""
+    lengths = ["training.max_prompt_len=40", "training.max_gen_length=602", "training.max_tokens_per_microbatch=256"]
+    config = load_config(job, [f"config=configs/{job}_tiny.yaml", f"model.model_base={family}", f"training.method={method}", *lengths])
+    training, layout = config.training, Layout(FAMILIES.get(family).attention, config.training)
+    steps = np.random.default_rng(0).permutation(602) + 1
+    if job == "rl":
+        fill = -642 % 4
+        ids, steps = [7] * (602 + fill), [*steps, *[0] * fill]
+        response = layout.sampled(SimpleNamespace(prompt_ids=[7] * 40, response_ids=ids, step_map=steps, num_response=602), 0)
+    else:
+        response = as_response([7] * 40, [7] * 602, list(steps), 0, layout)
+    document = layout.document(0, response, np.random.default_rng(1))
+    (packs,) = assign([document], training.max_tokens_per_microbatch, num_ranks=1)
+    largest = max(num_tokens(documents, share_prompts=False) for documents in packs)
+    s = setup_of(config, job, FAMILIES.get(family), SHAPES["tiny"], 1, H200)
+    assert s.tokens == row_length.whole_tiles(largest) > 512
+    assert s.longest == 642
+
+
+def test_a_smaller_budget_is_proposed_where_packs_become_smaller():
+    for attention in ("block", "full"):
+        s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention=attention, tokens=5120, longest=4200)
+        names = [name for name, _ in memory_estimate.alternatives(s) if "microbatch" in name]
+        assert names == [f"training.max_tokens_per_microbatch={budget}" for budget in (4096, 2048)]
+        assert not [name for name, _ in memory_estimate.alternatives(dataclasses.replace(s, longest=5120)) if "microbatch" in name]
 
 
 def test_dropout_is_counted_where_there_is_an_adapter():
