@@ -146,6 +146,8 @@ def setup_of(
     # Never cut: a slice with the clean text before it, a canvas, the text of `ar`. Tiles hold the fill of a last block.
     longest = t.max_prompt_len + t.max_gen_length
     budget = max(t.max_tokens_per_microbatch, longest)
+    evaluates = config.evaluation.if_eval and config.dataset.eval_dataset is not None
+    sampled = [*([r] if job == "rl" else []), *(config.evaluation.variants() if evaluates else [])]
     s = Setup(
         shape=shape,
         itemsize=2 if bf16 else 4,
@@ -168,15 +170,15 @@ def setup_of(
         optimizer_offloaded_in_rollout=t.offload_optimizer == "always",
         reference_offloaded_in_rollout=t.offload_optimizer == "always",
         has_reference=job == "rl" and t.kl_to == "reference" and bool(t.beta),
-        samples=job == "rl" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None),
+        samples=bool(sampled),
         attention=family.attention,
         prompt=t.max_prompt_len,
-        response=r.max_token,
-        block_size=r.block_size,
+        response=max((decoding.max_token for decoding in sampled), default=0),
+        block_size=max((decoding.block_size for decoding in sampled), default=1),
         max_active=min(r.max_active, -(-r.num_task_per_step * r.num_response_per_task // gpus))
         if job == "rl"
         else config.evaluation.max_active,
-        caches=r.cache_kind != "none",
+        caches=any(decoding.cache_kind != "none" for decoding in sampled),
     )
     may_offload_value = value is not None and config.model.value_offload == "auto"
     s = choose_offloaded(s, gpu_bytes, may_offload_value, t.offload_optimizer == "auto")

@@ -98,7 +98,9 @@ class Setup:
     attention: str = "block"
     prompt: int = 784
     response: int = 2000
+    """The longest that is sampled, in the rollout or in an evaluation."""
     block_size: int = 4
+    """The largest that is sampled in."""
     max_active: int = 256
     caches: bool = True
 

@@ -523,6 +523,30 @@ def test_finetuning_samples_only_to_evaluate():
     assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
 
 
+def test_what_is_sampled_is_that_of_the_evaluations_too():
+    """The longest and the largest of what the job really samples; finetuning has no rollout."""
+
+    def sampled(job: str, *overrides: str) -> tuple[int, int, bool]:
+        lengths = ["rollout.max_token=1000", "evaluation.max_token=3000", "evaluation.block_size=[4,8]"]
+        config = load_config(job, [f"config=configs/{job}_sdar.yaml", *lengths, *overrides])
+        s = setup_of(config, job, SDAR, EIGHT_B, 8, H200)
+        return s.response, s.block_size, s.samples
+
+    assert sampled("rl") == sampled("sft", "dataset.eval_dataset=MATH500") == (3000, 8, True)
+    assert sampled("rl", "evaluation.if_eval=false") == (1000, 4, True)
+    assert sampled("rl", "rollout.max_token=4000") == (4000, 8, True)
+    assert sampled("sft", "rollout.max_token=4000", "dataset.eval_dataset=MATH500") == (3000, 8, True)
+    assert not sampled("sft", "dataset.eval_dataset=null")[2]
+
+    def caches(job: str, rollout: str, evaluation: str) -> bool:
+        kinds = [f"rollout.cache={rollout}", f"evaluation.cache={evaluation}", "dataset.eval_dataset=MATH500"]
+        config = load_config(job, [f"config=configs/{job}_llada.yaml", *kinds])
+        return setup_of(config, job, FAMILIES.get("llada"), EIGHT_B, 8, H200).caches
+
+    assert caches("rl", "prefix", "none") and caches("rl", "none", "dual") and not caches("rl", "none", "none")
+    assert caches("sft", "none", "dual") and not caches("sft", "prefix", "none")
+
+
 def on_one_gpu(zero_stage: int, optimizer: str = "none", weights: str = "none") -> SimpleNamespace:
     """An accelerator under DeepSpeed."""
     plugin = SimpleNamespace(zero_stage=zero_stage, offload_optimizer_device=optimizer, offload_param_device=weights)
