@@ -12,7 +12,9 @@ from safetensors.torch import save_file
 
 from common import dist
 from common.records import ScoredRollout
-from models.value import VALUE_HEAD, VALUE_HEAD_FILE, load_value_model, save_value_model
+from models.registry import FAMILIES
+from models.tiny import build_tiny
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE, ValueModel, load_value_model, save_value_model
 from tests.train.steps import (
     FULL_ATTENTION,
     forget_accelerator,
@@ -25,7 +27,7 @@ from tests.train.steps import (
 from train.documents import Predictions, number
 from train.layout import Layout
 from train.offload import RolloutOffload
-from train.policy import policy_trainer
+from train.policy import Policy, policy_trainer
 from train.rl import PolicyUpdate
 from train.run import Run
 from train.shared_value import SharedValueUpdate
@@ -41,6 +43,23 @@ def test_the_loss_takes_the_worse_of_clipped_and_unclipped():
     values, old, returns = torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 0.3, 1.0])
     # Clipped to 0.2: (0.2 - 1)^2 > (0.5 - 1)^2; (0.5 - 0.3)^2 > (0.2 - 0.3)^2; inside the bounds both are one.
     assert value_loss(values, old, returns, 0.2).tolist() == pytest.approx([0.32, 0.02, 0.405])
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_values_of_bfloat16_weights_are_computed_in_float32(is_shared):
+    """In both places, and their gradients are those of the product."""
+    decoder = build_tiny(FAMILIES.get("sdar"), dtype=torch.bfloat16).decoder
+    head = Policy(decoder, [], has_value_head=True).value_head if is_shared else ValueModel(decoder).head
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, 64))
+    hidden = torch.randn(200, 64).bfloat16().requires_grad_()
+    values = head(hidden)
+    weight = head.weight.detach().double()[0]
+    assert values.dtype == torch.float32 and values.shape == (200,)
+    torch.testing.assert_close(values.double(), hidden.detach().double() @ weight, rtol=1e-5, atol=1e-5)
+    values.sum().backward()
+    assert torch.equal(hidden.grad, head.weight.detach().expand(200, 64))
+    torch.testing.assert_close(head.weight.grad[0], hidden.detach().float().sum(0).bfloat16())
 
 
 def test_a_token_of_several_masks_has_the_mean_of_its_values():
