@@ -17,6 +17,7 @@ from typing import Any, Iterator
 from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError, entry_point, warn
 from models.family import DecoderConfig
+from models.lora_targets import LINEAR_WEIGHTS
 from models.row_length import whole_tiles
 from train.memory_items import (
     GIB,
@@ -99,7 +100,7 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
         # Of every linear layer, rank 32: as adapter_parameters of all-linear counts them.
         outs = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size + 2 * c.intermediate_size + c.hidden_size
         ins = 3 * c.hidden_size + c.num_heads * c.head_dim + 2 * c.hidden_size + c.intermediate_size
-        yield "training.lora.rank=32", dataclasses.replace(s, adapter=32 * c.num_layers * (outs + ins))
+        yield "training.lora.rank=32", dataclasses.replace(s, adapter=32 * c.num_layers * (outs + ins), adapted=LINEAR_WEIGHTS)
     for gpus, stage in itertools.product((2, 4, 8, 16, 32, 64), (2, 3)):
         if gpus > s.gpus:
             yield f"{gpus} GPUs with ZeRO-{stage}", dataclasses.replace(s, gpus=gpus, zero=stage)
@@ -157,7 +158,8 @@ def setup_of(
         offload_weights=sharding.offload_param != "none",
         reduces_in_float32=t.reduce_in_float32,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
-        dropped=adapted_weights(family, t.lora.target_modules) if t.lora.rank and t.lora.dropout else (),
+        adapted=adapted_weights(family, t.lora.target_modules) if t.lora.rank else (),
+        drops=bool(t.lora.dropout),
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),
         longest=longest,

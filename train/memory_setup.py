@@ -67,8 +67,10 @@ class Setup:
     """`training.reduce_in_float32`."""
     adapter: int = 0
     """Parameters of the LoRA adapter; 0: all weights train."""
-    dropped: tuple[str, ...] = ()
-    """Linear layers before whose adapters something is dropped (`adapted_weights`, with `training.lora.dropout`)."""
+    adapted: tuple[str, ...] = ()
+    """Linear layers that have adapters (`adapted_weights`)."""
+    drops: bool = False
+    """`training.lora.dropout`: something is dropped before the adapters."""
     moments: int = 2
     """Float32 states of the optimizer per trained parameter: 2 (AdamW) or 0 (SGD)."""
     tokens: int = 16_384
@@ -103,6 +105,9 @@ class Setup:
     """The largest that is sampled in."""
     max_active: int = 256
     caches: bool = True
+
+    def __post_init__(self) -> None:
+        assert bool(self.adapter) == bool(self.adapted)
 
     @property
     def num_trained(self) -> int:

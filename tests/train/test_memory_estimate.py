@@ -107,28 +107,33 @@ def test_published_sizes():
     assert num_parameters(SHAPES["sdar-1.7b"]) == pytest.approx(1.72e9, rel=1e-3)
 
 
-DROPPED = {
+ADAPTED = {
     "": (),
     "all-linear": ("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"),
+    "q_proj v_proj": ("attention.qkv.weight",),
     "k_proj o_proj": ("attention.qkv.weight", "attention.out.weight"),
+    "o_proj": ("attention.out.weight",),
+    "gate_proj": ("mlp.gate_up.weight",),
+    "up_proj down_proj": ("mlp.gate_up.weight", "mlp.down.weight"),
 }
-"""Layers with dropout, by the targets."""
+"""Layers with adapters, by the targets; without any all weights train."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trains, dropped", [(True, ""), *((False, targets) for targets in DROPPED)])
-def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monkeypatch):
+@pytest.mark.parametrize("targets, drops", [("", False), *((t, drops) for t in ADAPTED if t for drops in (False, True))])
+def test_what_a_layer_keeps_is_what_autograd_holds(dtype, targets, drops, monkeypatch):
     """Bytes of all storages that a layer's backward holds, weights, masks and rotary tables aside. The attention here is a stand-in
     that keeps what a fused one does: q, k, v and its output (and no log-sum). Dropout is the function that a GPU has, with a mask
     of bytes."""
-    assert memory_setup.adapted_weights(SDAR, dropped.split() or ["all-linear"]) == (DROPPED[dropped] or DROPPED["all-linear"])
+    adapted = ADAPTED[targets]
     monkeypatch.setattr(lora.F, "dropout", lambda x, share: torch.native_dropout(x, share, True)[0])
     decoder = build_tiny(SDAR, dtype=dtype, intermediate_size=160).decoder
     c, layer, n = decoder.config, decoder.layers[0], 256
-    if not trains:
-        attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=targets_of("sdar")))
-        for name, adapted in lora.lora_layers(decoder).items():
-            adapted.dropout = 0.05 if f"{name}.weight".endswith(DROPPED[dropped] or "nothing") else 0.0
+    if adapted:
+        assert memory_setup.adapted_weights(SDAR, targets.split()) == adapted
+        attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=resolve_targets(SDAR, targets.split())))
+        for linear in lora.lora_layers(decoder).values():
+            linear.dropout = 0.05 if drops else 0.0
     x = torch.randn(n, c.hidden_size, dtype=dtype, requires_grad=True)
     cos, sin = rope_cos_sin(torch.arange(n), c.head_dim, 1e4, dtype)
     own = {p.untyped_storage().data_ptr() for p in [*layer.parameters(), cos, sin]}
@@ -143,7 +148,7 @@ def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monke
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         y = layer(x, cos, sin, 0, lambda layer, q, k, v: Fused.apply(q, k, v))
     kept = sum(storage.nbytes() for storage in held.values()) / n
-    expected = memory_items.kept_per_token(c, dtype.itemsize, trains, dropped=DROPPED[dropped]) - 4 * c.num_heads
+    expected = memory_items.kept_per_token(c, dtype.itemsize, adapted=adapted, drops=drops) - 4 * c.num_heads
     assert kept == expected
     assert y.requires_grad
 
@@ -152,6 +157,8 @@ def test_fused_kernels_keep_less_by_hand():
     """What models/kernels/{norms,rotary,swiglu}.py save, per token of the 8B shape in bfloat16; and the head without its copies."""
     norms, attention, mlp = 2 * 2 * 8192, 2 * (4096 + 2048) + 2 * (4096 + 1024) + 8192 + 4 * 32, 3 * 2 * 12_288
     assert memory_items.kept_per_token(EIGHT_B, 2, fused=True) == norms + attention + mlp
+    adapted = ("attention.qkv.weight",)  # who reads neither the result of the other norm nor the product of silu(gate) and up
+    assert memory_items.kept_per_token(EIGHT_B, 2, True, adapted) == norms + attention + mlp - 2 * (4096 + 12_288)
     chunk, vocabulary = 4 * 2048 * 151_936, 151_936 * 4096
     assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048, fused=True) == 4 * vocabulary + 3 * chunk // 2
     assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048) == 4 * vocabulary + 4 * chunk
@@ -246,7 +253,7 @@ CHOOSING = {
     "ZeRO-2": Setup(EIGHT_B, 2, gpus=2, zero=2, fused=True),
     "ZeRO-1, gradients beside their sum": Setup(SHAPES["sdar-1.7b"], 2, gpus=1, zero=1, tokens=65_536, predictions=30_000),
     "ZeRO-3, a value model": Setup(EIGHT_B, 2, gpus=8, zero=3, value=EIGHT_B, tokens=65_536, predictions=30_000, fused=True),
-    "adapter, nothing sampled": Setup(EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, samples=False, tokens=32_768),
+    "adapter, nothing sampled": Setup(EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, adapted=ADAPTED["all-linear"], samples=False, tokens=32_768),
 }
 
 
@@ -506,7 +513,7 @@ def test_dropout_is_counted_where_there_is_an_adapter():
     def kept(*overrides: str) -> int:
         config = load_config("sft", ["config=configs/sft_sdar.yaml", *overrides])
         s = setup_of(config, "sft", SDAR, EIGHT_B, 8, H200)
-        return memory_items.kept_per_token(EIGHT_B, 2, not s.adapter, s.fused, s.dropped)
+        return memory_items.kept_per_token(EIGHT_B, 2, s.fused, s.adapted, s.drops)
 
     adapter = "training.lora.rank=8"
     assert kept(adapter, "training.lora.dropout=0.05") - kept(adapter) == 3 * 4096 + 12_288 + 2 * 4096
