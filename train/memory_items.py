@@ -15,7 +15,8 @@ What DeepSpeed keeps, per trained parameter on W GPUs, bfloat16 weights (common/
     2      2         4/W, and a bucket in a backward       12/W
     3      2/W       4/W, and a bucket                     12/W; beside it what is gathered
 
-With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). Without DeepSpeed (float32): 4, 4 and 8.
+With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). Without DeepSpeed (float32): 4, 4 and 8; under DDP the
+gradients are 8, the sum over micro-batches and the buckets, which become one in a step's last backward.
 
 The engine's part: train/memory_engine.py. What is said of an estimate: train/memory_estimate.py. Nothing here imports torch.
 """
@@ -143,8 +144,9 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
     weights: float = s.itemsize * num_all
     buffers = gathered = fresh = in_rollout = 0.0
     if s.zero == 0:
-        gradients = s.itemsize * num_trained if s.accumulates or s.gpus > 1 else 0.0
-        in_rollout = gradients if s.gpus > 1 else 0.0  # the buckets of DDP stay
+        summed = float(s.itemsize * num_trained)
+        in_rollout = summed if s.gpus > 1 else 0.0  # the buckets of DDP stay
+        gradients = in_rollout + (summed if s.accumulates else 0.0)  # beside the buckets until the last backward
         fresh = 0.0 if gradients else s.itemsize
     elif s.zero == 1:
         gradients = in_rollout = 4.0 * num_trained

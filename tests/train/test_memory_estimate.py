@@ -205,7 +205,10 @@ def test_states_of_every_stage_by_hand():
         assert dataclasses.replace(more, buffers=0) == dataclasses.replace(of(zero), buffers=0)
         assert of(zero, itemsize=4, reduces_in_float32=True) == of(zero, itemsize=4)
     ddp = of(0, itemsize=4)
-    assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 4000, 4000, 8000)
+    assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 8000, 4000, 8000)
+    assert of(0, itemsize=4, accumulates=False).gradients == 4000
+    one = states(Setup(SHAPES["tiny"], itemsize=4, gpus=1, zero=0), 1000, 1000, 100)
+    assert (one.gradients, one.gradients_in_rollout, one.fresh) == (4000, 0, 0)
 
 
 def test_more_gpus_and_cheaper_settings_take_less():
@@ -253,7 +256,9 @@ CHOOSING = {
     "ZeRO-2": Setup(EIGHT_B, 2, gpus=2, zero=2, fused=True),
     "ZeRO-1, gradients beside their sum": Setup(SHAPES["sdar-1.7b"], 2, gpus=1, zero=1, tokens=65_536, predictions=30_000),
     "ZeRO-3, a value model": Setup(EIGHT_B, 2, gpus=8, zero=3, value=EIGHT_B, tokens=65_536, predictions=30_000, fused=True),
-    "adapter, nothing sampled": Setup(EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, adapted=ADAPTED["all-linear"], samples=False, tokens=32_768),
+    "adapter, nothing sampled": Setup(
+        EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, adapted=ADAPTED["all-linear"], samples=False, tokens=32_768
+    ),
 }
 
 
@@ -482,7 +487,8 @@ def test_the_setup_of_a_config(name, zero, adapter):
 def test_the_largest_pack_is_that_of_the_longest_text(family, job, method):
     """A slice and a canvas are never cut, however small the budget of tokens; nor is the text of `ar`."""
     lengths = ["training.max_prompt_len=40", "training.max_gen_length=602", "training.max_tokens_per_microbatch=256"]
-    config = load_config(job, [f"config=configs/{job}_tiny.yaml", f"model.model_base={family}", f"training.method={method}", *lengths])
+    start = [f"config=configs/{job}_tiny.yaml", f"model.model_base={family}", f"training.method={method}"]
+    config = load_config(job, [*start, *lengths])
     training, layout = config.training, Layout(FAMILIES.get(family).attention, config.training)
     steps = np.random.default_rng(0).permutation(602) + 1
     if job == "rl":
@@ -500,8 +506,8 @@ def test_the_largest_pack_is_that_of_the_longest_text(family, job, method):
 
 
 def test_a_smaller_budget_is_proposed_where_packs_become_smaller():
-    for attention in ("block", "full"):
-        s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention=attention, tokens=5120, longest=4200)
+    for kind in ("block", "full"):
+        s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention=kind, tokens=5120, longest=4200)
         names = [name for name, _ in memory_estimate.alternatives(s) if "microbatch" in name]
         assert names == [f"training.max_tokens_per_microbatch={budget}" for budget in (4096, 2048)]
         assert not [name for name, _ in memory_estimate.alternatives(dataclasses.replace(s, longest=5120)) if "microbatch" in name]
