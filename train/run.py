@@ -66,7 +66,7 @@ class Run:
         set_fused(config.training.fused_kernels)
         if config.training.attention_backend == "flex" and self.accelerator.device.type != "cuda":
             raise UserError("training.attention_backend: got flex, which needs a GPU, and there is none: leave it at auto")
-        set_seed(config.training.seed)  # nothing of ours draws from the global generators, but a plugin may
+        set_seed(config.training.seed)  # of ours LoRA's dropout alone draws from the global generators, but a plugin may
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
