@@ -119,7 +119,7 @@ class RLRun:
         self.prompts = PromptBuilder(config, config.rollout, model)
         self.scorer = Scorer(config, {task.id: task for task in tasks}, model.tokenizer)
         self.cursor = TaskCursor(tasks, config.training.seed)
-        reference = self.run.load_model() if config.training.kl_to == "reference" and config.training.beta else None
+        reference = self.run.load_reference() if config.training.kl_to == "reference" and config.training.beta else None
         self.policy_update = PolicyUpdate(self.run.trainer, config, model.fill_id, reference, self.run.value)
         if self.policy_update.reference is not None:
             frozen = Frozen(self.policy_update.reference, self.run.accelerator.device)

@@ -142,7 +142,8 @@ def value_accelerator(accelerator: Accelerator) -> Accelerator:
 
 
 def _ddp_settings() -> DistributedDataParallelKwargs:
-    # The buffers (rotary frequencies) are alike everywhere; gradients as views of the buckets save a copy of them.
+    # The buffers (rotary frequencies) are alike everywhere; gradients as views of the buckets save a copy of them from the last
+    # backward to the step. The sum over the micro-batches before it is beside the buckets.
     return DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)
 
 

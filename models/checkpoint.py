@@ -47,6 +47,8 @@ class Pretrained:
     mask_id: int
     adapter: LoRA | None = None
     """The LoRA adapter that stands beside the weights; `path` is then that of its base."""
+    source: Path | None = None
+    """Directory that was named: `path`, or the adapter's, also where it has been merged since."""
 
     @property
     def eos_ids(self) -> list[int]:
@@ -209,7 +211,7 @@ def load_pretrained(
     check_token_ids(config, str(file), decoder.config.vocab_size)
     check_config_block_size(family, config, str(file))
     mask_id = find_mask_id(config, family, tokenizer, decoder.config.vocab_size, str(path))
-    model = Pretrained(decoder, family, tokenizer, config, path, mask_id)
+    model = Pretrained(decoder, family, tokenizer, config, path, mask_id, source=path)
     check(model)
     load_weights(model.decoder, family, path, ignore)
     return model

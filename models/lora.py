@@ -57,8 +57,6 @@ class LoRA:
     alpha: float
     targets: tuple[str, ...]
     """Published names, as `resolve_targets` gives them."""
-    path: Path | None = None
-    """The directory that it was read from; None for a new one."""
     save_merged: bool = False
     """Checkpoints also hold the merged weights."""
 
@@ -252,7 +250,7 @@ def load_adapter(model: Pretrained, path: Path, ignore: tuple[str, ...] = ()) ->
     missing = [name for name in names if name not in tensors]
     if missing:
         raise UserError(f"{file}: {len(missing)} tensors are missing, the first is {missing[0]}: every layer needs its own")
-    lora = LoRA(config["base_model_name_or_path"], config["r"], float(config["lora_alpha"]), targets, path)
+    lora = LoRA(config["base_model_name_or_path"], config["r"], float(config["lora_alpha"]), targets)
     attach(model.decoder, model.family, lora)
     parameters = dict(model.decoder.named_parameters())
     with torch.no_grad():
@@ -263,7 +261,7 @@ def load_adapter(model: Pretrained, path: Path, ignore: tuple[str, ...] = ()) ->
                     f"make it {list(parameters[own].shape)}: is it the adapter's base?"
                 )
             parameters[own].copy_(tensors[name])
-    model.adapter = lora
+    model.adapter, model.source = lora, path
 
 
 def save_adapter(model: Pretrained, state: dict[str, Tensor], folder: Path, extra: dict[str, Tensor] | None = None) -> None:
@@ -310,9 +308,9 @@ def exported_targets(family: Family, c: DecoderConfig, targets: tuple[str, ...])
     return sorted({module_of(piece) if short_name(piece) in others else short_name(piece) for piece in pieces})
 
 
-def read_extra(lora: LoRA, name: str) -> Tensor | None:
-    """A tensor that `save_adapter` was given as extra, or None where the adapter has none of that name."""
-    with safe_open(lora.path / ADAPTER_WEIGHTS, framework="pt") as handle:
+def read_extra(path: Path, name: str) -> Tensor | None:
+    """A tensor that `save_adapter` was given as extra, or None where the adapter in `path` has none of that name."""
+    with safe_open(path / ADAPTER_WEIGHTS, framework="pt") as handle:
         return handle.get_tensor(PREFIX + name) if PREFIX + name in handle.keys() else None
 
 

@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.checkpoint import Pretrained, load_pretrained, read_tensor, save_pretrained
@@ -21,6 +22,19 @@ SETTING = "model.value_base_model"
 """The config key that names the checkpoint."""
 
 
+class ValueHead(nn.Linear):
+    """A row of the decoder's width and precision; its product is float32, for values in bfloat16 would lie up to 2^-8 apart. The
+    casts are in the module's own forward, so that sharded weights (ZeRO-3) are gathered around them."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__(decoder.config.hidden_size, 1, bias=False, device=decoder.device, dtype=decoder.dtype)
+        nn.init.zeros_(self.weight)  # every value is 0 at first: the first advantages are the rewards
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Values [M], float32, of hidden states [M, D]."""
+        return F.linear(hidden.float(), self.weight.float())[:, 0]
+
+
 class ValueModel(nn.Module):
     """Values of tokens. The trunk has no vocabulary head."""
 
@@ -28,14 +42,12 @@ class ValueModel(nn.Module):
         super().__init__()
         self.decoder = decoder
         decoder.lm_head = None
-        c = decoder.config
-        self.head = nn.Linear(c.hidden_size, 1, bias=False, device=decoder.device, dtype=decoder.dtype)
-        nn.init.zeros_(self.head.weight)  # every value is 0 at first: the first advantages are the rewards
+        self.head = ValueHead(decoder)
 
     def forward(self, input_ids: Tensor, positions: Tensor, attend: Attend, rows: Tensor) -> Tensor:
         """Values [M], float32, of the tokens at `rows` [M] of a packed row of N tokens."""
         hidden = self.decoder(input_ids, positions, attend)
-        return self.head(hidden.index_select(0, rows))[:, 0].float()
+        return self.head(hidden.index_select(0, rows))
 
 
 def save_value_model(model: Pretrained, state: dict[str, Tensor], folder: str | os.PathLike) -> None:
@@ -53,7 +65,7 @@ def load_value_model(
     model = ValueModel(pretrained.decoder)
     head: Any = None if pretrained.path is None else read_tensor(pretrained.path, VALUE_HEAD)
     if pretrained.adapter is not None:
-        head = read_extra(pretrained.adapter, VALUE_HEAD)
+        head = read_extra(pretrained.source, VALUE_HEAD)
     if head is not None:
         with torch.no_grad():
             model.head.weight.copy_(head)

@@ -17,6 +17,7 @@ from typing import Any, Iterator
 from common.deepspeed_files import Sharding, sharding_asked_for
 from common.errors import UserError, entry_point, warn
 from models.family import DecoderConfig
+from models.lora_targets import LINEAR_WEIGHTS
 from models.row_length import whole_tiles
 from train.memory_items import (
     GIB,
@@ -78,8 +79,8 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
     if not s.fused:
         yield "training.fused_kernels=true", dataclasses.replace(s, fused=True)
     for budget in (8192, 4096, 2048):
-        tokens = whole_tiles(max(budget, s.prompt + s.response))  # as in setup_of
-        if tokens < s.tokens and s.attention == "block":
+        tokens = whole_tiles(max(budget, s.longest))  # as in setup_of
+        if tokens < s.tokens:
             fewer = dataclasses.replace(s, tokens=tokens, predictions=min(s.predictions, tokens // 2))
             yield f"training.max_tokens_per_microbatch={budget}", fewer
     if s.value is not None and not s.value_offloaded_in_rollout:
@@ -99,7 +100,7 @@ def alternatives(s: Setup) -> Iterator[tuple[str, Setup]]:
         # Of every linear layer, rank 32: as adapter_parameters of all-linear counts them.
         outs = (c.num_heads + 2 * c.num_kv_heads) * c.head_dim + c.hidden_size + 2 * c.intermediate_size + c.hidden_size
         ins = 3 * c.hidden_size + c.num_heads * c.head_dim + 2 * c.hidden_size + c.intermediate_size
-        yield "training.lora.rank=32", dataclasses.replace(s, adapter=32 * c.num_layers * (outs + ins))
+        yield "training.lora.rank=32", dataclasses.replace(s, adapter=32 * c.num_layers * (outs + ins), adapted=LINEAR_WEIGHTS)
     for gpus, stage in itertools.product((2, 4, 8, 16, 32, 64), (2, 3)):
         if gpus > s.gpus:
             yield f"{gpus} GPUs with ZeRO-{stage}", dataclasses.replace(s, gpus=gpus, zero=stage)
@@ -143,9 +144,11 @@ def setup_of(
     t, r = config.training, config.rollout
     bf16 = config.model.dtype == "bfloat16" or (config.model.dtype == "auto" and t.mixed_precision == "bf16")
     sharding = sharding_asked_for(config, bf16) if sharding is None else sharding
-    budget, prompt, response = t.max_tokens_per_microbatch, t.max_prompt_len, t.max_gen_length
-    if family.attention == "block" or job == "rl":  # never cut: a slice with the clean text before it; a row
-        budget = max(budget, prompt + response)
+    # Never cut: a slice with the clean text before it, a canvas, the text of `ar`. Tiles hold the fill of a last block.
+    longest = t.max_prompt_len + t.max_gen_length
+    budget = max(t.max_tokens_per_microbatch, longest)
+    evaluates = config.evaluation.if_eval and config.dataset.eval_dataset is not None
+    sampled = [*([r] if job == "rl" else []), *(config.evaluation.variants() if evaluates else [])]
     s = Setup(
         shape=shape,
         itemsize=2 if bf16 else 4,
@@ -155,9 +158,11 @@ def setup_of(
         offload_weights=sharding.offload_param != "none",
         reduces_in_float32=t.reduce_in_float32,
         adapter=adapter_parameters(family, shape, t.lora.rank, t.lora.target_modules) if t.lora.rank else 0,
-        dropped=adapted_weights(family, t.lora.target_modules) if t.lora.rank and t.lora.dropout else (),
+        adapted=adapted_weights(family, t.lora.target_modules) if t.lora.rank else (),
+        drops=bool(t.lora.dropout),
         moments=2 if config.optimizer.name == "adamw" else 0,
         tokens=whole_tiles(budget),
+        longest=longest,
         predictions=budget // 2,
         head_chunk=t.head_chunk,
         recomputed_layers=None if t.gradient_checkpointing_enable else 0,
@@ -167,15 +172,15 @@ def setup_of(
         optimizer_offloaded_in_rollout=t.offload_optimizer == "always",
         reference_offloaded_in_rollout=t.offload_optimizer == "always",
         has_reference=job == "rl" and t.kl_to == "reference" and bool(t.beta),
-        samples=job == "rl" or (config.evaluation.if_eval and config.dataset.eval_dataset is not None),
+        samples=bool(sampled),
         attention=family.attention,
-        prompt=prompt,
-        response=r.max_token,
-        block_size=r.block_size,
+        prompt=t.max_prompt_len,
+        response=max((decoding.max_token for decoding in sampled), default=0),
+        block_size=max((decoding.block_size for decoding in sampled), default=1),
         max_active=min(r.max_active, -(-r.num_task_per_step * r.num_response_per_task // gpus))
         if job == "rl"
         else config.evaluation.max_active,
-        caches=r.cache_kind != "none",
+        caches=any(decoding.cache_kind != "none" for decoding in sampled),
     )
     may_offload_value = value is not None and config.model.value_offload == "auto"
     s = choose_offloaded(s, gpu_bytes, may_offload_value, t.offload_optimizer == "auto")

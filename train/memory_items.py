@@ -15,7 +15,8 @@ What DeepSpeed keeps, per trained parameter on W GPUs, bfloat16 weights (common/
     2      2         4/W, and a bucket in a backward       12/W
     3      2/W       4/W, and a bucket                     12/W; beside it what is gathered
 
-With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). Without DeepSpeed (float32): 4, 4 and 8.
+With the optimizer on the host its 12/W go there (the sum of ZeRO-2 stays). Without DeepSpeed (float32): 4, 4 and 8; under DDP the
+gradients are 8, the sum over micro-batches and the buckets, which become one in a step's last backward.
 
 The engine's part: train/memory_engine.py. What is said of an estimate: train/memory_estimate.py. Nothing here imports torch.
 """
@@ -49,7 +50,7 @@ packs being of many sizes. What is recomputed needlessly costs a fifth of the up
 
 
 def kept_per_token(
-    c: DecoderConfig, itemsize: int, trains: bool = True, fused: bool = False, dropped: tuple[str, ...] = ()
+    c: DecoderConfig, itemsize: int, fused: bool = False, adapted: tuple[str, ...] = (), drops: bool = False
 ) -> int:
     """Bytes of a packed token that a layer keeps for its backward (models/decoder.py; attention without a mask in memory).
 
@@ -57,22 +58,30 @@ def kept_per_token(
     which the product behind it reads. Measured on one H200: 225.6 KB at the 8B shape, and this is 225.4. fused
     (`training.fused_kernels`): a norm keeps its input and its result, one over heads its result alone, and no silu(gate).
 
-    dropped: layers with dropout before their adapters, which keep what is left of their input in the place of it, and a mask of
-    bytes. The output of the attention is kept all the same.
+    adapted: linear layers that have adapters; (): all weights train. A frozen product without one keeps no input. drops: there is
+    dropout before the adapters, which keep what is left of their input in the place of it, and a mask of bytes. The output of the
+    attention is kept all the same.
     """
+    trains = not adapted
 
     def norm(width: int) -> int:
         return width * 2 * itemsize if fused else width * (4 + (itemsize if trains else 0) + itemsize)
 
+    def keeps_input(name: str) -> bool:
+        return trains or name in adapted
+
     query, key = c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     kept = 2 * norm(c.hidden_size)
+    kept -= itemsize * c.hidden_size * sum(not keeps_input(name) for name in ("attention.qkv.weight", "mlp.gate_up.weight"))
     kept += itemsize * (query + 2 * key)  # v is a part of it, and fused norms over heads read it
     kept += norm(query + key) if c.qk_norm and not fused else itemsize * (query + key)  # behind the rotation
     if c.qk_norm and itemsize == 4 and not fused:
         kept -= 4 * (query + key)  # what goes into these norms is that of v
     kept += itemsize * query + 4 * c.num_heads  # the output, and the log of the softmax's sum
-    kept += sum(input_width(c, name) for name in dropped) + (itemsize * query if "attention.out.weight" in dropped else 0)
-    return kept + itemsize * (3 if fused else 4) * c.intermediate_size  # gate and up, silu(gate), their product
+    if drops:
+        kept += sum(input_width(c, name) for name in adapted) + (itemsize * query if "attention.out.weight" in adapted else 0)
+    kept += itemsize * (2 if fused else 3) * c.intermediate_size  # gate and up, silu(gate)
+    return kept + (itemsize * c.intermediate_size if keeps_input("mlp.down.weight") else 0)  # their product
 
 
 def filled_attention(c: DecoderConfig, itemsize: int, tokens: int, fused: bool) -> int:
@@ -135,8 +144,9 @@ def states(s: Setup, num_all: int, num_trained: int, largest: int) -> States:
     weights: float = s.itemsize * num_all
     buffers = gathered = fresh = in_rollout = 0.0
     if s.zero == 0:
-        gradients = s.itemsize * num_trained if s.accumulates or s.gpus > 1 else 0.0
-        in_rollout = gradients if s.gpus > 1 else 0.0  # the buckets of DDP stay
+        summed = float(s.itemsize * num_trained)
+        in_rollout = summed if s.gpus > 1 else 0.0  # the buckets of DDP stay
+        gradients = in_rollout + (summed if s.accumulates else 0.0)  # beside the buckets until the last backward
         fresh = 0.0 if gradients else s.itemsize
     elif s.zero == 1:
         gradients = in_rollout = 4.0 * num_trained
@@ -177,7 +187,7 @@ def moments_of_update(s: Setup, policy: States) -> dict[str, tuple[float, float,
     c, n = s.shape, s.tokens
     trains = not s.adapter
     hidden = s.itemsize * c.hidden_size
-    kept, working = kept_per_token(c, s.itemsize, trains, s.fused, s.dropped), backward_per_token(c, s.itemsize)
+    kept, working = kept_per_token(c, s.itemsize, s.fused, s.adapted, s.drops), backward_per_token(c, s.itemsize)
     recomputed = s.num_recomputed
     of_layer = n * kept
     if s.attention == "block" or not s.fused or s.itemsize == 4:  # else variable-length attention needs no mask

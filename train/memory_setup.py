@@ -67,12 +67,16 @@ class Setup:
     """`training.reduce_in_float32`."""
     adapter: int = 0
     """Parameters of the LoRA adapter; 0: all weights train."""
-    dropped: tuple[str, ...] = ()
-    """Linear layers before whose adapters something is dropped (`adapted_weights`, with `training.lora.dropout`)."""
+    adapted: tuple[str, ...] = ()
+    """Linear layers that have adapters (`adapted_weights`)."""
+    drops: bool = False
+    """`training.lora.dropout`: something is dropped before the adapters."""
     moments: int = 2
     """Float32 states of the optimizer per trained parameter: 2 (AdamW) or 0 (SGD)."""
     tokens: int = 16_384
     """Of the largest pack."""
+    longest: int = 2784
+    """Tokens of the longest part of a document that is not cut further, whatever `training.max_tokens_per_microbatch`."""
     predictions: int = 8_192
     """Of the largest pack."""
     head_chunk: int = 2048
@@ -96,9 +100,14 @@ class Setup:
     attention: str = "block"
     prompt: int = 784
     response: int = 2000
+    """The longest that is sampled, in the rollout or in an evaluation."""
     block_size: int = 4
+    """The largest that is sampled in."""
     max_active: int = 256
     caches: bool = True
+
+    def __post_init__(self) -> None:
+        assert bool(self.adapter) == bool(self.adapted)
 
     @property
     def num_trained(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from models.attention import attention_backend
 from models.checkpoint import Pretrained
 from models.decoder import Decoder
-from models.value import VALUE_HEAD, VALUE_HEAD_FILE
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE, ValueHead
 from train.logprobs import chunked_logprobs
 from train.loop import Trainer
 from train.packing import Pack
@@ -42,10 +42,7 @@ class Policy(nn.Module):
         forbidden = torch.tensor(forbidden_ids, dtype=torch.int64)
         self.register_buffer("forbidden", forbidden if len(forbidden) else None, persistent=False)
 
-        self.value_head: nn.Linear | None = None
-        if has_value_head:
-            self.value_head = nn.Linear(decoder.config.hidden_size, 1, bias=False, device=decoder.device, dtype=decoder.dtype)
-            nn.init.zeros_(self.value_head.weight)
+        self.value_head = ValueHead(decoder) if has_value_head else None
 
     def forward(self, pack: Pack) -> tuple[Tensor, ...]:
         """Log-probability [M] and entropy [M] of every prediction of the pack, and its value [M] with a value head; float32."""
@@ -62,14 +59,14 @@ class Policy(nn.Module):
         logprobs, entropy = self.decoder.lm_head(rows, project)
         if self.value_head is None:
             return logprobs, entropy
-        return logprobs, entropy, self.value_head(rows)[:, 0].float()
+        return logprobs, entropy, self.value_head(rows)
 
 
 def build_policy(model: Pretrained, config: Any, temperature: float) -> Policy:
     """A policy as the config says. temperature: of the rollouts; 1 for supervised finetuning."""
     t = config.training
     policy = Policy(model.decoder, model.forbidden_ids, temperature, t.attention_backend, t.head_chunk, config.model.value_shared)
-    head = None if model.path is None else model.path.parent / config.model.optimized_value_name / VALUE_HEAD_FILE
+    head = None if model.source is None else model.source.parent / config.model.optimized_value_name / VALUE_HEAD_FILE
     if policy.value_head is not None and head is not None and head.is_file():  # of the run that the checkpoint is from
         with torch.no_grad():
             policy.value_head.weight.copy_(load_file(head)[VALUE_HEAD])

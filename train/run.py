@@ -21,7 +21,7 @@ from common.state import load_state, save_state
 from models.checkpoint import Pretrained, check_tokenizer, find_directory, load_pretrained, save_pretrained
 from models.family import TINY_RANDOM
 from models.kernels.launch import set_fused
-from models.lora import merged_folder, prepare_for_training
+from models.lora import merge, merged_folder, prepare_for_training
 from train.loop import Trainer
 from train.memory_engine import engine_wants
 from train.memory_estimate import check_fits, choice, read_shape, setup_of
@@ -66,7 +66,7 @@ class Run:
         set_fused(config.training.fused_kernels)
         if config.training.attention_backend == "flex" and self.accelerator.device.type != "cuda":
             raise UserError("training.attention_backend: got flex, which needs a GPU, and there is none: leave it at auto")
-        set_seed(config.training.seed)  # nothing of ours draws from the global generators, but a plugin may
+        set_seed(config.training.seed)  # of ours LoRA's dropout alone draws from the global generators, but a plugin may
         self.directory = RunDir(config.experiment.project)
         with dist.main_first(self.accelerator):
             if self.is_main:
@@ -132,7 +132,7 @@ class Run:
             check_fits(self.setup, self.gpu_bytes)
 
     def load_model(self, check: Callable[[Pretrained], None] = lambda model: None) -> Pretrained:
-        """The model the run starts from (also the frozen reference of a KL term)."""
+        """The model the run starts from."""
         config = self.config
 
         def check_all(model: Pretrained) -> None:
@@ -148,6 +148,14 @@ class Run:
                 seed=config.training.seed,
                 check=check_all,
             )
+
+    def load_reference(self) -> Pretrained:
+        """The frozen reference of a KL term: what the policy starts from. Its adapter is merged where the policy's was, for
+        merged weights are rounded to their precision."""
+        reference = self.load_model()
+        if reference.adapter is not None and self.model.adapter is None:
+            merge(reference)
+        return reference
 
     # -- resume
 

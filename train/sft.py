@@ -164,7 +164,8 @@ class SFTRun:
         return [int(orders[p // number][p % number]) for p in places]
 
     def update(self, step: int) -> None:
-        """One optimizer step. All that is random in it is a function of seed and step, so a resumed run repeats it."""
+        """One optimizer step. All that is random in it is a function of seed and step, so a resumed run repeats it; LoRA's
+        dropout alone draws from each rank's own generator, whose state is resumed on as many ranks (common/state.py)."""
         from train.documents import number
         from train.loop import Tables, merge_results
         from train.validation import build_documents, drawn_and_weighted

@@ -162,8 +162,8 @@ def test_what_is_written_is_read_back(base, tmp_path):
     model = adapted(base, target_modules=["q_proj", "down_proj"])
     save_pretrained(model, state(model), tmp_path / "adapter")
     again = load_pretrained(str(tmp_path / "adapter"), "sdar", torch.float32)
-    assert again.adapter == LoRA(str(base), 4, 6.0, ("q_proj", "down_proj"), path=tmp_path / "adapter")
-    assert again.path == base and again.mask_id == model.mask_id
+    assert again.adapter == LoRA(str(base), 4, 6.0, ("q_proj", "down_proj"))
+    assert (again.path, again.source, again.mask_id) == (base, tmp_path / "adapter", model.mask_id)
     for (name, a), (_, b) in zip(model.decoder.named_parameters(), again.decoder.named_parameters(), strict=True):
         assert torch.equal(a, b), name
     tensors = load_file(tmp_path / "adapter" / "adapter_model.safetensors")

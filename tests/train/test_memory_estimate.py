@@ -8,6 +8,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from accelerate.utils import DistributedType
@@ -27,9 +28,12 @@ from tests.distributed.harness import ROOT, clean_environment
 from tests.models.test_recomputation import Fused
 from tests.train.steps import forget_accelerator, rl_config
 from train import loop, memory_engine, memory_estimate, memory_items, memory_setup, run
+from train.layout import Layout
 from train.memory_estimate import check_fits, main, read_shape, setup_of
 from train.memory_items import GIB, MARGIN, choose_recomputed, estimate, states, total_bytes, update_bytes
 from train.memory_setup import Setup, num_parameters
+from train.packing import assign, num_tokens
+from train.sft_data import as_response
 
 EIGHT_B = SHAPES["sdar-8b"]
 SDAR = FAMILIES.get("sdar")
@@ -103,28 +107,33 @@ def test_published_sizes():
     assert num_parameters(SHAPES["sdar-1.7b"]) == pytest.approx(1.72e9, rel=1e-3)
 
 
-DROPPED = {
+ADAPTED = {
     "": (),
     "all-linear": ("attention.qkv.weight", "attention.out.weight", "mlp.gate_up.weight", "mlp.down.weight"),
+    "q_proj v_proj": ("attention.qkv.weight",),
     "k_proj o_proj": ("attention.qkv.weight", "attention.out.weight"),
+    "o_proj": ("attention.out.weight",),
+    "gate_proj": ("mlp.gate_up.weight",),
+    "up_proj down_proj": ("mlp.gate_up.weight", "mlp.down.weight"),
 }
-"""Layers with dropout, by the targets."""
+"""Layers with adapters, by the targets; without any all weights train."""
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("trains, dropped", [(True, ""), *((False, targets) for targets in DROPPED)])
-def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monkeypatch):
+@pytest.mark.parametrize("targets, drops", [("", False), *((t, drops) for t in ADAPTED if t for drops in (False, True))])
+def test_what_a_layer_keeps_is_what_autograd_holds(dtype, targets, drops, monkeypatch):
     """Bytes of all storages that a layer's backward holds, weights, masks and rotary tables aside. The attention here is a stand-in
     that keeps what a fused one does: q, k, v and its output (and no log-sum). Dropout is the function that a GPU has, with a mask
     of bytes."""
-    assert memory_setup.adapted_weights(SDAR, dropped.split() or ["all-linear"]) == (DROPPED[dropped] or DROPPED["all-linear"])
+    adapted = ADAPTED[targets]
     monkeypatch.setattr(lora.F, "dropout", lambda x, share: torch.native_dropout(x, share, True)[0])
     decoder = build_tiny(SDAR, dtype=dtype, intermediate_size=160).decoder
     c, layer, n = decoder.config, decoder.layers[0], 256
-    if not trains:
-        attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=targets_of("sdar")))
-        for name, adapted in lora.lora_layers(decoder).items():
-            adapted.dropout = 0.05 if f"{name}.weight".endswith(DROPPED[dropped] or "nothing") else 0.0
+    if adapted:
+        assert memory_setup.adapted_weights(SDAR, targets.split()) == adapted
+        attach(decoder, SDAR, LoRA("base", rank=2, alpha=2, targets=resolve_targets(SDAR, targets.split())))
+        for linear in lora.lora_layers(decoder).values():
+            linear.dropout = 0.05 if drops else 0.0
     x = torch.randn(n, c.hidden_size, dtype=dtype, requires_grad=True)
     cos, sin = rope_cos_sin(torch.arange(n), c.head_dim, 1e4, dtype)
     own = {p.untyped_storage().data_ptr() for p in [*layer.parameters(), cos, sin]}
@@ -139,7 +148,7 @@ def test_what_a_layer_keeps_is_what_autograd_holds(dtype, trains, dropped, monke
     with torch.autograd.graph.saved_tensors_hooks(hold, lambda tensor: tensor):
         y = layer(x, cos, sin, 0, lambda layer, q, k, v: Fused.apply(q, k, v))
     kept = sum(storage.nbytes() for storage in held.values()) / n
-    expected = memory_items.kept_per_token(c, dtype.itemsize, trains, dropped=DROPPED[dropped]) - 4 * c.num_heads
+    expected = memory_items.kept_per_token(c, dtype.itemsize, adapted=adapted, drops=drops) - 4 * c.num_heads
     assert kept == expected
     assert y.requires_grad
 
@@ -148,6 +157,8 @@ def test_fused_kernels_keep_less_by_hand():
     """What models/kernels/{norms,rotary,swiglu}.py save, per token of the 8B shape in bfloat16; and the head without its copies."""
     norms, attention, mlp = 2 * 2 * 8192, 2 * (4096 + 2048) + 2 * (4096 + 1024) + 8192 + 4 * 32, 3 * 2 * 12_288
     assert memory_items.kept_per_token(EIGHT_B, 2, fused=True) == norms + attention + mlp
+    adapted = ("attention.qkv.weight",)  # who reads neither the result of the other norm nor the product of silu(gate) and up
+    assert memory_items.kept_per_token(EIGHT_B, 2, True, adapted) == norms + attention + mlp - 2 * (4096 + 12_288)
     chunk, vocabulary = 4 * 2048 * 151_936, 151_936 * 4096
     assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048, fused=True) == 4 * vocabulary + 3 * chunk // 2
     assert memory_items.head_bytes(EIGHT_B, 2, 5000, 2048) == 4 * vocabulary + 4 * chunk
@@ -194,7 +205,10 @@ def test_states_of_every_stage_by_hand():
         assert dataclasses.replace(more, buffers=0) == dataclasses.replace(of(zero), buffers=0)
         assert of(zero, itemsize=4, reduces_in_float32=True) == of(zero, itemsize=4)
     ddp = of(0, itemsize=4)
-    assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 4000, 4000, 8000)
+    assert (ddp.weights, ddp.gradients, ddp.gradients_in_rollout, ddp.optimizer) == (4000, 8000, 4000, 8000)
+    assert of(0, itemsize=4, accumulates=False).gradients == 4000
+    one = states(Setup(SHAPES["tiny"], itemsize=4, gpus=1, zero=0), 1000, 1000, 100)
+    assert (one.gradients, one.gradients_in_rollout, one.fresh) == (4000, 0, 0)
 
 
 def test_more_gpus_and_cheaper_settings_take_less():
@@ -242,7 +256,9 @@ CHOOSING = {
     "ZeRO-2": Setup(EIGHT_B, 2, gpus=2, zero=2, fused=True),
     "ZeRO-1, gradients beside their sum": Setup(SHAPES["sdar-1.7b"], 2, gpus=1, zero=1, tokens=65_536, predictions=30_000),
     "ZeRO-3, a value model": Setup(EIGHT_B, 2, gpus=8, zero=3, value=EIGHT_B, tokens=65_536, predictions=30_000, fused=True),
-    "adapter, nothing sampled": Setup(EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, samples=False, tokens=32_768),
+    "adapter, nothing sampled": Setup(
+        EIGHT_B, 2, gpus=1, zero=2, adapter=40_000_000, adapted=ADAPTED["all-linear"], samples=False, tokens=32_768
+    ),
 }
 
 
@@ -463,13 +479,47 @@ def test_the_setup_of_a_config(name, zero, adapter):
         check_fits(s, 12 * GIB)
 
 
+@pytest.mark.parametrize(
+    "family, job, method",
+    [("sdar", "rl", "TraceRL"), ("sdar", "sft", "semi-ar"), ("sdar", "sft", "trace"), ("llada", "rl", "TraceRL")]
+    + [("llada", "sft", "random_masking"), ("dream", "sft", "semi-ar"), ("dream", "sft", "ar")],
+)
+def test_the_largest_pack_is_that_of_the_longest_text(family, job, method):
+    """A slice and a canvas are never cut, however small the budget of tokens; nor is the text of `ar`."""
+    lengths = ["training.max_prompt_len=40", "training.max_gen_length=602", "training.max_tokens_per_microbatch=256"]
+    start = [f"config=configs/{job}_tiny.yaml", f"model.model_base={family}", f"training.method={method}"]
+    config = load_config(job, [*start, *lengths])
+    training, layout = config.training, Layout(FAMILIES.get(family).attention, config.training)
+    steps = np.random.default_rng(0).permutation(602) + 1
+    if job == "rl":
+        fill = -642 % 4
+        ids, steps = [7] * (602 + fill), [*steps, *[0] * fill]
+        response = layout.sampled(SimpleNamespace(prompt_ids=[7] * 40, response_ids=ids, step_map=steps, num_response=602), 0)
+    else:
+        response = as_response([7] * 40, [7] * 602, list(steps), 0, layout)
+    document = layout.document(0, response, np.random.default_rng(1))
+    (packs,) = assign([document], training.max_tokens_per_microbatch, num_ranks=1)
+    largest = max(num_tokens(documents, share_prompts=False) for documents in packs)
+    s = setup_of(config, job, FAMILIES.get(family), SHAPES["tiny"], 1, H200)
+    assert s.tokens == row_length.whole_tiles(largest) > 512
+    assert s.longest == 642
+
+
+def test_a_smaller_budget_is_proposed_where_packs_become_smaller():
+    for kind in ("block", "full"):
+        s = Setup(EIGHT_B, 2, gpus=8, zero=2, attention=kind, tokens=5120, longest=4200)
+        names = [name for name, _ in memory_estimate.alternatives(s) if "microbatch" in name]
+        assert names == [f"training.max_tokens_per_microbatch={budget}" for budget in (4096, 2048)]
+        assert not [name for name, _ in memory_estimate.alternatives(dataclasses.replace(s, longest=5120)) if "microbatch" in name]
+
+
 def test_dropout_is_counted_where_there_is_an_adapter():
     """All-linear at the 8B shape in bfloat16: masks of 3 * 4,096 + 12,288 bytes, and the attention's output a second time."""
 
     def kept(*overrides: str) -> int:
         config = load_config("sft", ["config=configs/sft_sdar.yaml", *overrides])
         s = setup_of(config, "sft", SDAR, EIGHT_B, 8, H200)
-        return memory_items.kept_per_token(EIGHT_B, 2, not s.adapter, s.fused, s.dropped)
+        return memory_items.kept_per_token(EIGHT_B, 2, s.fused, s.adapted, s.drops)
 
     adapter = "training.lora.rank=8"
     assert kept(adapter, "training.lora.dropout=0.05") - kept(adapter) == 3 * 4096 + 12_288 + 2 * 4096
@@ -484,6 +534,30 @@ def test_finetuning_samples_only_to_evaluate():
 
     assert "the engine's own weights" not in names("dataset.eval_dataset=null")
     assert "the engine's own weights" in names("dataset.eval_dataset=MATH500")
+
+
+def test_what_is_sampled_is_that_of_the_evaluations_too():
+    """The longest and the largest of what the job really samples; finetuning has no rollout."""
+
+    def sampled(job: str, *overrides: str) -> tuple[int, int, bool]:
+        lengths = ["rollout.max_token=1000", "evaluation.max_token=3000", "evaluation.block_size=[4,8]"]
+        config = load_config(job, [f"config=configs/{job}_sdar.yaml", *lengths, *overrides])
+        s = setup_of(config, job, SDAR, EIGHT_B, 8, H200)
+        return s.response, s.block_size, s.samples
+
+    assert sampled("rl") == sampled("sft", "dataset.eval_dataset=MATH500") == (3000, 8, True)
+    assert sampled("rl", "evaluation.if_eval=false") == (1000, 4, True)
+    assert sampled("rl", "rollout.max_token=4000") == (4000, 8, True)
+    assert sampled("sft", "rollout.max_token=4000", "dataset.eval_dataset=MATH500") == (3000, 8, True)
+    assert not sampled("sft", "dataset.eval_dataset=null")[2]
+
+    def caches(job: str, rollout: str, evaluation: str) -> bool:
+        kinds = [f"rollout.cache={rollout}", f"evaluation.cache={evaluation}", "dataset.eval_dataset=MATH500"]
+        config = load_config(job, [f"config=configs/{job}_llada.yaml", *kinds])
+        return setup_of(config, job, FAMILIES.get("llada"), EIGHT_B, 8, H200).caches
+
+    assert caches("rl", "prefix", "none") and caches("rl", "none", "dual") and not caches("rl", "none", "none")
+    assert caches("sft", "none", "dual") and not caches("sft", "prefix", "none")
 
 
 def on_one_gpu(zero_stage: int, optimizer: str = "none", weights: str = "none") -> SimpleNamespace:

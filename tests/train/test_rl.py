@@ -15,10 +15,12 @@ from torch import Tensor
 
 from common.records import ScoredRollout
 from models.attention import masked_attention
-from models.checkpoint import Pretrained
+from models.checkpoint import Pretrained, load_pretrained, save_pretrained
+from models.lora import lora_layers, prepare_for_training
 from tests.train.steps import (
     FULL_ATTENTION,
     error,
+    forget_accelerator,
     kept_gradients,
     requests_of_every_remainder,
     rl_config,
@@ -28,6 +30,7 @@ from tests.train.steps import (
 )
 from train.policy import policy_trainer
 from train.rl import PolicyUpdate, gather_tokens
+from train.run import Run
 
 TOLERANCE = 1e-5
 BLOCK_SIZE, TEMPERATURE, EPS, EPS_HIGH, BETA, IMPORTANCE_CAP, MAX_TRAINED = 4, 0.8, 0.2, 0.3, 0.05, 1.1, 9
@@ -246,3 +249,27 @@ def test_a_budget_far_below_a_document_is_warned_of_once(accelerator, capsys):
         lines = capsys.readouterr().err.splitlines()
         assert len(lines) == warned
         assert all(line.startswith(f"{said.format(budget)} its text, 2.5 times its cost") for line in lines)
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_the_reference_is_what_the_policy_starts_from(tmp_path, rank):
+    """The start is an adapter: it stands beside the weights in both, or is merged into them in both."""
+    forget_accelerator()
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    save_pretrained(tiny_model(3), dict(tiny_model(3).decoder.named_parameters()), base)
+    model = load_pretrained(str(base), "sdar", torch.float32)
+    prepare_for_training(model, rl_config("training.lora.rank=2").training.lora, str(base), seed=0)
+    with torch.no_grad():
+        for layer in lora_layers(model.decoder).values():
+            for pair in layer.adapters.values():
+                pair.B.normal_()
+    save_pretrained(model, dict(model.decoder.named_parameters()), adapter)
+    config = rl_config(f"model.pretrained_model={adapter}", f"experiment.project={tmp_path / 'run'}", "training.lora.rank=2")
+    config.training.lora.rank = rank
+    job = Run(config, 4, 1.0)
+    job.close()
+    reference = job.load_reference()
+    forget_accelerator()
+    assert (reference.adapter is None) == (rank is None)
+    policy, frozen = job.model.decoder.state_dict(), reference.decoder.state_dict()
+    assert policy.keys() == frozen.keys() and all(torch.equal(policy[name], frozen[name]) for name in policy)

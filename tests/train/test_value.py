@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from common import dist
 from common.records import ScoredRollout
-from models.value import load_value_model, save_value_model
+from models.registry import FAMILIES
+from models.tiny import build_tiny
+from models.value import VALUE_HEAD, VALUE_HEAD_FILE, ValueModel, load_value_model, save_value_model
 from tests.train.steps import (
     FULL_ATTENTION,
     forget_accelerator,
@@ -24,7 +27,7 @@ from tests.train.steps import (
 from train.documents import Predictions, number
 from train.layout import Layout
 from train.offload import RolloutOffload
-from train.policy import policy_trainer
+from train.policy import Policy, policy_trainer
 from train.rl import PolicyUpdate
 from train.run import Run
 from train.shared_value import SharedValueUpdate
@@ -40,6 +43,23 @@ def test_the_loss_takes_the_worse_of_clipped_and_unclipped():
     values, old, returns = torch.tensor([0.5, 0.5, 0.1]), torch.tensor([0.0, 0.0, 0.0]), torch.tensor([1.0, 0.3, 1.0])
     # Clipped to 0.2: (0.2 - 1)^2 > (0.5 - 1)^2; (0.5 - 0.3)^2 > (0.2 - 0.3)^2; inside the bounds both are one.
     assert value_loss(values, old, returns, 0.2).tolist() == pytest.approx([0.32, 0.02, 0.405])
+
+
+@pytest.mark.parametrize("is_shared", [False, True])
+def test_values_of_bfloat16_weights_are_computed_in_float32(is_shared):
+    """In both places, and their gradients are those of the product."""
+    decoder = build_tiny(FAMILIES.get("sdar"), dtype=torch.bfloat16).decoder
+    head = Policy(decoder, [], has_value_head=True).value_head if is_shared else ValueModel(decoder).head
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(1, 64))
+    hidden = torch.randn(200, 64).bfloat16().requires_grad_()
+    values = head(hidden)
+    weight = head.weight.detach().double()[0]
+    assert values.dtype == torch.float32 and values.shape == (200,)
+    torch.testing.assert_close(values.double(), hidden.detach().double() @ weight, rtol=1e-5, atol=1e-5)
+    values.sum().backward()
+    assert torch.equal(hidden.grad, head.weight.detach().expand(200, 64))
+    torch.testing.assert_close(head.weight.grad[0], hidden.detach().float().sum(0).bfloat16())
 
 
 def test_a_token_of_several_masks_has_the_mean_of_its_values():
@@ -220,6 +240,34 @@ def test_a_shared_head_is_found_again_by_the_next_run(rollouts, tmp_path):
     save_pretrained(model, state(model), tmp_path / "ckpt" / "optimized")
     again = load_pretrained(str(tmp_path / "ckpt" / "optimized"), "sdar", torch.float32)
     assert (build_policy(again, config, 1.0).value_head.weight == 0.25).all()
+
+
+@pytest.mark.parametrize("rank", [2, None])
+def test_a_shared_head_is_found_beside_the_adapter_that_a_run_starts_from(tmp_path, rank):
+    """Also where the adapter is merged; not beside its base, where another run's head may be."""
+    from models.checkpoint import load_pretrained, save_pretrained
+    from models.lora import prepare_for_training
+    from tests.models.test_checkpoint import state
+    from train.policy import build_policy
+
+    heads = {"base": 0.5, "adapter": 0.25}
+    for run, value in heads.items():
+        head = tmp_path / run / "optimized_value" / VALUE_HEAD_FILE
+        head.parent.mkdir(parents=True)
+        save_file({VALUE_HEAD: torch.full((1, 64), value)}, head)
+    base, adapter = str(tmp_path / "base" / "optimized"), str(tmp_path / "adapter" / "optimized")
+    config = rl_config("model.value_shared=true", "training.lora.rank=2")
+    save_pretrained(tiny_model(3), state(tiny_model(3)), Path(base))
+    model = load_pretrained(base, "sdar", torch.float32)
+    prepare_for_training(model, config.training.lora, base, 0)
+    assert (build_policy(model, config, 1.0).value_head.weight == heads["base"]).all()
+    save_pretrained(model, state(model), Path(adapter))
+
+    again = load_pretrained(adapter, "sdar", torch.float32)
+    config.training.lora.rank = rank
+    prepare_for_training(again, config.training.lora, adapter, 0)
+    assert (again.adapter is None) == (rank is None)
+    assert (build_policy(again, config, 1.0).value_head.weight == heads["adapter"]).all()
 
 
 def test_offloading_twice_loses_nothing(saved_model):
