@@ -130,7 +130,8 @@ def test_there_is_a_file_for_every_size(machines, stage):
     load_config("rl", ["config=configs/rl_trado.yaml", *of_machines])
 
 
-def test_machines_report_the_models_that_the_job_reads(tmp_path):
+def test_machines_report_the_models_that_the_job_reads(tmp_path, monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     gone = f"{tmp_path}/gone"
     models = ["model.pretrained_model=owner/name", f"model.value_base_model={gone}", f"model.process_reward_model={gone}"]
     config = load_config("eval", ["config=configs/tiny_eval.yaml", *models])
