@@ -432,7 +432,7 @@ class Training:
     """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
     loss_weight_by_ratio: bool = False
     """Semi-ar and random_masking: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has
-    it."""
+    it. Of loss_weighting it needs one that does not divide by the masked tokens as well: constant, or reference of block models."""
     lora: LoRA = field(default_factory=LoRA)
 
 

@@ -54,6 +54,11 @@ CANVAS_MISTAKES = [
         "training.complementary_mask: got true, but method ar draws no masks",
     ),
     ("sft", ["training.loss_weight_by_ratio=true"], "training.loss_weight_by_ratio: got true with loss_weighting=reference"),
+    (
+        "rl",
+        ["training.method=random_masking", "training.loss_weight_by_ratio=true"],
+        "training.loss_weight_by_ratio: got true with loss_weighting=reference",
+    ),
     ("rl", ["training.method=ar", "model.model_base=dream"], "training.method: got 'ar', which is a method of sft"),
     ("rl", ["training.max_rows_per_response=0"], "training.max_rows_per_response: got 0, must be above 0"),
 ]
