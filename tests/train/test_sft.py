@@ -326,6 +326,14 @@ def test_a_fingerprint_is_of_tokens_and_steps():
     assert fingerprint(one) == fingerprint([as_response([1, 2, 3], [4, 5], [1, 2], 9, layout)])
 
 
+def test_a_fingerprint_is_of_what_is_trained():
+    record = SFTRecord("x", "", "", [1, 2, 2, 1, 3], None, False, [1, 2, 3], [4, 5, 6, 7, 8], 2)
+    rollouts = [as_training(replace(record, num_response=n), [1, 2, 3], [4, 5, 6, 7, 8], 9, layout_of()) for n in (2, 4)]
+    text = as_response([1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 2, 1, 3], 9, layout_of())
+    other = replace(text, is_pad=np.arange(5) > 3)
+    assert len({fingerprint([response]) for response in (*rollouts, text, other)}) == 4
+
+
 def test_a_ratio_that_counts_twice_is_refused():
     for family, weighting in [("llada", "reference"), *((f, w) for f in ("llada", "sdar") for w in ("step", "response"))]:
         with pytest.raises(UserError, match=f"loss_weight_by_ratio: got true with loss_weighting={weighting}, .* constant"):
