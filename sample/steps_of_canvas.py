@@ -8,6 +8,7 @@ Shapes: S texts of a row, B block size, N tokens of the row, M masked rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable
 
 import numpy as np
@@ -90,6 +91,7 @@ def steps_of_canvases(
     sampling. max_tokens: of one forward (one text is never cut). progress: called with the number of finished texts. Raises
     UserError for a text without a prompt.
     """
+    settings = replace(settings, scores_unscaled=family.scores_unscaled)
     canvases = [_Canvas(text, settings, family) for text in texts]
     start = 0
     while start < len(canvases):

@@ -107,6 +107,7 @@ LLADA = Family(
     chat_style="llama3",
     config_block_size=lambda config: None,
     stop_tokens=("<|eot_id|>",),
+    scores_unscaled=True,  # its sampler takes softmax(logits) for them, and scales the Gumbel noise of the draw
 )
 
 FAMILIES.register("llada", LLADA)

@@ -71,6 +71,8 @@ ORDERS = [
     (STATIC, {"target": "neg_entropy", "steps": 7}),
     (STATIC, {"target": "random"}),
     (DYNAMIC, {"temperature": 0.0, "threshold": 0.3}),
+    (STATIC, {"target": "neg_entropy", "temperature": 0.3, "steps": 7}),
+    ("entropy_bounded", {"entropy_bound": 2.0, "temperature": 0.3}),
     (DYNAMIC, {"target": "margin_confidence", "temperature": 0.0, "threshold": 0.2}),
     ("entropy_bounded", {"entropy_bound": 2.0}),
 ]
