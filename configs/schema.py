@@ -97,7 +97,7 @@ class Dataset:
     """How answers are scored, a name in reward/registry.py: math, exact, ... (judge: by reward.judge alone)."""
     use_chat_template: bool = True
     """Prompts by the chat template of the checkpoint's tokenizer, where it has one; False: by the family's fixed form, as the
-    reference does."""
+    reference does. Its form for LLaDA is another: that of MMaDA (data/prompts.py, llama3-mmada)."""
     image_root: str | None = None
     """Folder that image paths start from. No use yet."""
     add_think_prompt: bool = False
