@@ -267,14 +267,6 @@ def _check_sft(config: Config) -> None:
             f"training.validation_share: got {t.validation_share}, but dataset.validation_data names the held-out data: "
             "give only one of them"
         )
-    from models.registry import FAMILIES
-
-    is_canvas = FAMILIES.get(config.model.model_base).attention == "full"
-    if is_canvas and t.loss_weight_by_ratio and t.loss_weighting == "reference":
-        raise UserError(
-            "training.loss_weight_by_ratio: got true with loss_weighting=reference, which for full attention is the mean over the "
-            "masked tokens of a row and weighs by 1/ratio already: choose loss_weighting token or response"
-        )
     if t.stop_at_solve_rate is not None and config.dataset.eval_dataset is None:
         raise UserError("training.stop_at_solve_rate: is given, but dataset.eval_dataset, which it is measured on, is missing")
     if t.stop_at_solve_rate is not None and not config.evaluation.if_eval:

@@ -139,15 +139,19 @@ def _check_canvas(section: str, d: Any) -> None:
 
 def draws_positions(config: Config) -> bool:
     """Whether chance decides which positions a rollout's forward reveals: then responses differ even where no token is drawn. Where
-    the first forward of a block reveals all of it, there is nothing to choose."""
+    the first forward of a block reveals all of it, there is nothing to choose. Dream's reveals a given position: there it is the
+    second that may choose."""
     from models.registry import FAMILIES
+    from sample.canvas_schedule import counts_of
     from sample.registry import UNRANKED
 
-    r, is_full = config.rollout, FAMILIES.get(config.model.model_base).attention == "full"
-    if is_full:  # where the dynamic strategy has no fixed number
-        reveals_all = r.remasking_strategy == "low_confidence_static" and r.steps == r.max_token // r.block_size
+    r, family = config.rollout, FAMILIES.get(config.model.model_base)
+    is_full, num_given = family.attention == "full", int(family.first_token_from_refresh)
+    if is_full:  # where the dynamic strategy has no fixed number; no block has more forwards than the first one
+        forwards = counts_of(family.canvas_schedule, r.max_token, r.block_size, r.steps)[0]
+        reveals_all = r.remasking_strategy == "low_confidence_static" and len(forwards) - num_given <= 1
     else:
         is_at_least = r.remasking_strategy in ("low_confidence_static", "low_confidence_dynamic")
         reveals_all = is_at_least and r.denoising_steps_per_block == 1
-    has_choice = r.block_size > 1 and not reveals_all
+    has_choice = r.block_size - num_given > 1 and not reveals_all
     return has_choice and r.remasking_strategy not in UNRANKED and (r.target == "random" or (is_full and r.alg_temp > 0))

@@ -7,8 +7,6 @@ from configs.schema import Config
 
 
 def check_training(config: Config, job: str) -> None:
-    from train.methods import METHODS
-
     t, bounds = config.training, config.reward.keep_solve_rate
     if t.lower_p > t.upper_p:
         raise UserError(f"training.lower_p: got {t.lower_p}, must be at most training.upper_p, which is {t.upper_p}")
@@ -32,15 +30,36 @@ def check_training(config: Config, job: str) -> None:
             "model.dtype: got bfloat16 with training.mixed_precision=no, which is float32 throughout: set mixed_precision to bf16, "
             "bfloat16 weights with float32 masters, or leave dtype out"
         )
-    if METHODS.get(t.method).trace in ("trace", "next_token"):
-        for key in ["complementary_mask", "loss_weight_by_ratio"]:
-            if getattr(t, key):
-                drawing = "semi-ar" if job == "sft" else "random_masking"
-                raise UserError(
-                    f"training.{key}: got true, but method {t.method} draws no masks: choose {drawing}, or leave it out"
-                )
+    _check_masks(config, job)
     if job == "rl" and t.num_updates_per_step is not None:
         warn_of_warmup(config, config.experiment.total_step * t.num_updates_per_step)
+
+
+def _check_masks(config: Config, job: str) -> None:
+    """That what is said of random masks has a meaning for the method, and that 1/ratio is weighed by once."""
+    from models.registry import FAMILIES
+    from train.methods import METHODS
+
+    t = config.training
+    drawing, trace = "semi-ar" if job == "sft" else "random_masking", METHODS.get(t.method).trace
+    for key in ["complementary_mask", "loss_weight_by_ratio"]:
+        if getattr(t, key) and trace in ("trace", "next_token"):
+            raise UserError(f"training.{key}: got true, but method {t.method} draws no masks: choose {drawing}, or leave it out")
+        if getattr(t, key) and trace == "coupled_mask":
+            why = "has the complement of every mask already" if key == "complementary_mask" else "weighs all its tokens alike"
+            raise UserError(f"training.{key}: got true, but method {t.method} {why}: choose {drawing}, or leave it out")
+    if not t.loss_weight_by_ratio:
+        return
+    got = f"training.loss_weight_by_ratio: got true with loss_weighting={t.loss_weighting}"
+    is_full = FAMILIES.get(config.model.model_base).attention == "full"
+    if t.loss_weighting == "step" or (t.loss_weighting == "reference" and is_full):
+        mean = "for full attention is the mean over the masked tokens of a row" if is_full else "is a mean over masked tokens"
+        raise UserError(f"{got}, which {mean} and weighs by 1/ratio already: choose loss_weighting constant")
+    if t.loss_weighting == "response" and not t.complementary_mask:
+        raise UserError(
+            f"{got}, which divides by the number of masked tokens of a response, and that differs from draw to draw: choose "
+            "loss_weighting constant, or complementary_mask, with which every token is masked as often"
+        )
 
 
 def warn_of_warmup(config: Config, num_updates: int) -> None:

@@ -97,7 +97,7 @@ class Dataset:
     """How answers are scored, a name in reward/registry.py: math, exact, ... (judge: by reward.judge alone)."""
     use_chat_template: bool = True
     """Prompts by the chat template of the checkpoint's tokenizer, where it has one; False: by the family's fixed form, as the
-    reference does."""
+    reference does. Its form for LLaDA is another: that of MMaDA (data/prompts.py, llama3-mmada)."""
     image_root: str | None = None
     """Folder that image paths start from. No use yet."""
     add_think_prompt: bool = False
@@ -432,7 +432,7 @@ class Training:
     """SFT: end once this share of dataset.eval_dataset is solved; null: never."""
     loss_weight_by_ratio: bool = False
     """Semi-ar and random_masking: weight the loss of a masked block by 1/(its share of masked tokens), as the likelihood bound has
-    it."""
+    it. Of loss_weighting it needs one that does not divide by the masked tokens as well: constant, or reference of block models."""
     lora: LoRA = field(default_factory=LoRA)
 
 

@@ -315,16 +315,15 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
         threshold=options.threshold,
         seed=options.seed,
     )
-    texts = []
+    texts, lengths = [], []
     for number, record in enumerate(records):
         own = as_record(record, str(number))
         is_chat = not options.plain
         prompt_ids, response_ids = encode_sft(own, model.tokenizer, model.family.chat_style, is_chat, not options.fixed_form)
-        if not is_full:
-            num_fill = -(len(prompt_ids) + len(response_ids)) % size
-        else:  # the ids of a rollout are a canvas
-            num_fill = 0 if "response_ids" in record else max(0, canvas - len(response_ids))
-        texts.append(Text(own.id, prompt_ids, response_ids + [model.fill_id] * num_fill))
+        lengths.append(len(response_ids))
+        num_fill = canvas - len(response_ids) if is_full else -(len(prompt_ids) + len(response_ids)) % size
+        # A canvas is cut where training cuts it: the model sees nothing behind it, and the steps are of so many blocks.
+        texts.append(Text(own.id, prompt_ids, (response_ids + [model.fill_id] * num_fill)[:canvas]))
     with tqdm(total=len(texts), desc="step maps", unit="text", leave=False, disable=None, delay=1.0) as bar:
         progress = lambda finished: bar.update(finished - bar.n)  # noqa: E731
         rest = dict(max_tokens=options.max_tokens_per_forward, progress=progress)
@@ -332,7 +331,8 @@ def add_steps(records: list[dict[str, Any]], options: argparse.Namespace) -> Non
             maps = steps_of_canvases(model.decoder, model.family, texts, settings, **rest)
         else:
             maps = steps_of_texts(model.decoder, texts, settings, **rest)
-    for record, steps in zip(records, maps, strict=True):
+    for record, length, steps in zip(records, lengths, maps, strict=True):
+        steps = steps + [max(steps) + 1] * (length - len(steps))  # what is cut off, behind all else
         record["step_map"] = steps[: len(record["response_ids"])] if "response_ids" in record else steps
 
 

@@ -64,16 +64,16 @@ class Pretrained:
 
     @property
     def fill_id(self) -> int:
-        """What fills a last block behind its stop token: the pad id, or the end id where there is none."""
-        pad = self.config.get("pad_token_id")
-        if pad is None and self.tokenizer is not None:
-            pad = self.tokenizer.pad_token_id
-        if pad is None and not self.eos_ids:
+        """What fills a last block, or a canvas, behind its stop token: the pad id, or the end id where there is none that can be
+        sampled. The fill is trained, and a pad that is the mask token, say, has no probability to raise."""
+        pads = [self.config.get("pad_token_id"), None if self.tokenizer is None else self.tokenizer.pad_token_id]
+        fill = next((n for n in [*pads, *self.eos_ids] if n is not None and n not in self.forbidden_ids), None)
+        if fill is None:
             raise UserError(
                 f"{self.path}: no token to fill responses up with: neither config.json nor the tokenizer names a pad or an end "
-                "token: add pad_token_id or eos_token_id to config.json"
+                "token that can be sampled: add pad_token_id or eos_token_id to config.json"
             )
-        return pad if pad is not None else self.eos_ids[0]
+        return fill
 
     @functools.cached_property
     def forbidden_ids(self) -> list[int]:

@@ -102,6 +102,8 @@ class Family:
     """Full attention: a block's first forward reveals its first position alone, whatever the strategy."""
     top_p_first: bool = False
     """Full attention: top-p is taken before top-k, and not of what top-k leaves."""
+    scores_unscaled: bool = False
+    """Full attention: positions are ranked by the distribution at temperature 1; the temperature is in the draw of tokens alone."""
     num_tiny_codes: int = 0
     """Ids of the embedded tiny model (models/tiny.py) behind those of its tokenizer: where published ones have image codes."""
 

@@ -320,7 +320,8 @@ class CanvasEngine(Engine):
     def begin(
         self, requests: list[Request], settings: SamplingSettings, weights_version: int, queue: WorkQueue, num_slots: int
     ) -> CanvasGeneration:
-        settings = dataclasses.replace(settings, top_p_first=self.family.top_p_first)
+        facts = {"top_p_first": self.family.top_p_first, "scores_unscaled": self.family.scores_unscaled}
+        settings = dataclasses.replace(settings, **facts)
         num_slots, length, max_rows = self._reserve(requests, settings, num_slots)
         return self.generation(self, (num_slots, length), max_rows, requests, settings, weights_version, queue)
 

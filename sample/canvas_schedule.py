@@ -1,4 +1,4 @@
-"""How a canvas is cut into blocks and a block into denoising steps, by the families' fixed schedules: plain numbers.
+"""How a canvas is cut into blocks and a block into denoising steps, by the families' fixed schedules: plain numbers, without torch.
 
 A schedule is a function (tokens of a block, its steps) -> how many tokens each forward reveals, none of them zero: a forward that
 reveals nothing leaves everything as it was, so it is not run.
@@ -8,10 +8,14 @@ from __future__ import annotations
 
 from typing import Callable
 
-from sample.unmask import split
-
 LAST_TIME = 1e-3
 """Where Dream's time, which runs from 1 downwards, ends."""
+
+
+def split(total: int, parts: int) -> list[int]:
+    """`total` as a sum of `parts` integers, larger ones first (8 over 3: 3, 3, 2)."""
+    share, rest = divmod(total, parts)
+    return [share + (part < rest) for part in range(parts)]
 
 
 def blocks_of(canvas: int, block_size: int) -> list[int]:

@@ -89,6 +89,8 @@ class SamplingSettings:
     """1: off."""
     top_p_first: bool = False
     """Top-p of all ids, not of those that top-k leaves."""
+    scores_unscaled: bool = False
+    """Targets see the distribution at temperature 1, whatever tokens are drawn from."""
     greedy: bool = False
     """Take the most probable token at any temperature."""
     seed: int = 0
@@ -168,6 +170,11 @@ class SamplingSettings:
     def logits_temperature(self) -> float:
         """What logits are divided by; the trainer divides by the same."""
         return self.temperature or 1.0
+
+    @property
+    def score_temperature(self) -> float:
+        """What logits are divided by for the distribution that targets see."""
+        return 1.0 if self.scores_unscaled else self.logits_temperature
 
     @property
     def num_steps(self) -> int:

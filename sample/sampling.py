@@ -29,7 +29,8 @@ class Distribution:
     """What a target may look at: the token distribution of every masked row."""
 
     logprobs: Tensor
-    """float32 [M, V]: before top-k/top-p, or after them where `rollout.confidence` is filtered (-inf: removed)."""
+    """float32 [M, V]: before top-k/top-p, or after them where `rollout.confidence` is filtered (-inf: removed); under the
+    temperature, or at 1 (`Family.scores_unscaled`)."""
     tokens: Tensor
     """int64 [M]: the tokens that were drawn."""
     entropy: Tensor
@@ -84,17 +85,18 @@ def draw(logits: Tensor, keys: Tensor, s: SamplingSettings) -> Draws:
     """
     logprobs = logits.log_softmax(-1)
     entropy = entropy_of(logprobs)
-    choice = logprobs
-    if s.top_k > 0 or s.top_p < 1:
-        choice = logprobs.masked_fill(~kept(logprobs, s.top_k, s.top_p, s.top_p_first), -torch.inf)
+    keep = kept(logprobs, s.top_k, s.top_p, s.top_p_first) if s.top_k > 0 or s.top_p < 1 else None
+    choice = logprobs if keep is None else logprobs.masked_fill(~keep, -torch.inf)
     if s.is_greedy:
         tokens = choice.argmax(-1)
     else:
         tokens = (choice + noise.gumbel(keys, logits.shape[1])).argmax(-1)
-    scored = Distribution(logprobs, tokens, entropy, keys)
-    if s.confidence == "filtered" and choice is not logprobs:
-        choice = choice.log_softmax(-1)
-        scored = Distribution(choice, tokens, entropy_of(choice), keys)
+    seen = logprobs
+    if s.score_temperature != s.logits_temperature:
+        seen = (logits * (s.logits_temperature / s.score_temperature)).log_softmax(-1)
+    if s.confidence == "filtered" and keep is not None:
+        seen = seen.masked_fill(~keep, -torch.inf).log_softmax(-1)
+    scored = Distribution(seen, tokens, entropy if seen is logprobs else entropy_of(seen), keys)
     score = TARGETS.get(s.target, "rollout.target")(scored)
     return Draws(tokens, logprobs.gather(1, tokens[:, None])[:, 0], entropy, score, scored.entropy)
 

@@ -8,6 +8,7 @@ Shapes: S texts of a row, B block size, N tokens of the row, M masked rows.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Callable
 
 import numpy as np
@@ -30,8 +31,8 @@ class _Canvas:
     """One text while it is unmasked. Its response is the whole canvas."""
 
     def __init__(self, text: Text, settings: SamplingSettings, family: Family) -> None:
-        if not text.prompt_ids:
-            raise UserError(f"text {text.id} has an empty prompt: a canvas begins behind one")
+        if family.logit_shift and not text.prompt_ids:
+            raise UserError(f"text {text.id} has an empty prompt, and {family.name} predicts a token from the one before it")
         self.ids = np.asarray([*text.prompt_ids, *text.response_ids], dtype=np.int64)
         self.prompt = self.start = len(text.prompt_ids)
         length, size = len(text.response_ids), settings.block_size
@@ -88,8 +89,9 @@ def steps_of_canvases(
 
     settings: strategy, target, threshold, block size, steps of the canvas (None: a token per forward) and temperature as in
     sampling. max_tokens: of one forward (one text is never cut). progress: called with the number of finished texts. Raises
-    UserError for a text without a prompt.
+    UserError for a text without a prompt where logits are shifted.
     """
+    settings = replace(settings, scores_unscaled=family.scores_unscaled)
     canvases = [_Canvas(text, settings, family) for text in texts]
     start = 0
     while start < len(canvases):

@@ -173,7 +173,7 @@ def score_given(
     at_a_time = max(1, LOGITS_AT_A_TIME // decoder.config.vocab_size)
     scores, entropies = [], []
     for rows, tokens, row_keys in zip(hidden.split(at_a_time), targets.split(at_a_time), keys.split(at_a_time), strict=True):
-        logits = decoder.lm_head(rows, lambda h, w: scaled_logits(h, w, settings.logits_temperature, forbidden))
+        logits = decoder.lm_head(rows, lambda h, w: scaled_logits(h, w, settings.score_temperature, forbidden))
         logprobs = logits.log_softmax(-1)
         entropies.append(entropy_of(logprobs))
         scores.append(target(Distribution(logprobs, tokens, entropies[-1], row_keys)))

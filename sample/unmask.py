@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from sample.canvas_schedule import split
+
 if TYPE_CHECKING:
     from sample.engine import SamplingSettings
 
@@ -31,12 +33,6 @@ class Candidates:
     """How many are revealed at least by a strategy that finds their number itself; None: `count`."""
     ranking: Tensor | None = None
     """float32 [S, B]: what positions are ranked by, where that is not the score that thresholds see (`alg_temp`)."""
-
-
-def split(total: int, parts: int) -> list[int]:
-    """`total` as a sum of `parts` integers, larger ones first (8 over 3: 3, 3, 2)."""
-    share, rest = divmod(total, parts)
-    return [share + (part < rest) for part in range(parts)]
 
 
 def schedule(block_size: int, num_steps: int, device: torch.device | str = "cpu") -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -45,7 +46,10 @@ def as_response(
 def as_training(record: SFTRecord, prompt_ids: list[int], response_ids: list[int], fill_id: int, layout: Layout) -> Response:
     """One record, encoded, as a response. Raises UserError where its step map is not of its tokens."""
     if record.response_ids is not None:
-        return layout.sampled(record, fill_id)
+        # What is not given was never revealed: a mask at every step, as behind the last block of a canvas that stopped early.
+        num_fill = layout.filled_length(len(prompt_ids), len(response_ids)) - len(response_ids)
+        given = None if record.step_map is None else [*record.step_map, *[0] * num_fill]
+        return layout.sampled(replace(record, response_ids=[*response_ids, *[fill_id] * num_fill], step_map=given), fill_id)
     steps = record.step_map
     if steps is not None:
         whole = layout.filled_length(len(prompt_ids), len(response_ids))
@@ -86,7 +90,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
     layout = Layout(model.family.attention, training)
     use_template = config.dataset.use_chat_template
     limits = f"training.max_prompt_len={training.max_prompt_len}", f"training.max_gen_length={training.max_gen_length}"
-    responses, num_dropped, num_cut = [], 0, 0
+    responses, num_dropped, num_cut, fill_id = [], 0, 0, model.fill_id
     is_forbidden = np.zeros(model.decoder.config.vocab_size, bool)
     is_forbidden[model.forbidden_ids] = True
     follows_steps = METHODS.get(training.method).trace == "trace"
@@ -99,7 +103,7 @@ def build_responses(config: Any, model: Pretrained, records: list[SFTRecord], so
         if highest >= model.decoder.config.vocab_size:
             raise UserError(f"record {record.id}: token id {highest} is beyond the model's {model.decoder.config.vocab_size}")
         num_cut += len(response_ids) > training.max_gen_length
-        responses.append(as_training(record, prompt_ids, response_ids, model.fill_id, layout))
+        responses.append(as_training(record, prompt_ids, response_ids, fill_id, layout))
         check_targets(record, responses[-1], model, is_forbidden, follows_steps)
     if tell and num_dropped:
         print(f"{source}: {num_dropped} of {len(records)} records dropped: prompt longer than {limits[0]}")
@@ -130,10 +134,10 @@ def warn_of_cuts(responses: list[Response], layout: Layout) -> None:
 
 
 def fingerprint(responses: list[Response]) -> str:
-    """Of the data, so that a run does not go on with another."""
+    """Of the data and of what of it is trained, so that a run does not go on with another."""
     digest = hashlib.blake2b(digest_size=8)
     for r in responses:
-        steps = [] if r.step_map is None else r.step_map
-        for values in (r.prompt_ids, r.response_ids, steps):
+        steps, pads = ([] if x is None else x for x in (r.step_map, r.is_pad))
+        for values in (r.prompt_ids, r.response_ids, steps, [r.num_trained], pads):
             digest.update(json.dumps(np.asarray(values).tolist()).encode())
     return f"{len(responses)}:{digest.hexdigest()}"

@@ -26,7 +26,8 @@ ONLY: dict[str, tuple[Any, ...]] = {
     "block_group_size": (1,),
     "clip_qkv": (None,),
 }
-"""Keys of config.json that choose an architecture, with the values that the decoder has: those of the published checkpoints."""
+"""Keys of config.json that choose an architecture, with the values that the decoder has: those of the published checkpoints. Others
+are not read: dropouts, what says how weights were made, and `rope_full_precision` (docs/full_attention.md says what it does)."""
 
 
 def decoder_config(config: dict[str, Any]) -> DecoderConfig:
@@ -107,6 +108,7 @@ LLADA = Family(
     chat_style="llama3",
     config_block_size=lambda config: None,
     stop_tokens=("<|eot_id|>",),
+    scores_unscaled=True,  # its sampler takes softmax(logits) for them, and scales the Gumbel noise of the draw
 )
 
 FAMILIES.register("llada", LLADA)

@@ -38,7 +38,8 @@ def kernel_target(settings: SamplingSettings) -> int | None:
     """Which of the kernel's targets the settings name; None: they want something that only torch does."""
     own = [sampling.confidence, sampling.margin_confidence, sampling.neg_entropy, sampling.random_score]
     target = TARGETS.get(settings.target, "rollout.target")
-    if settings.top_k > 0 or settings.top_p < 1 or target not in own:
+    has_two = settings.score_temperature != settings.logits_temperature  # distributions: one to draw from, one to rank by
+    if settings.top_k > 0 or settings.top_p < 1 or target not in own or has_two:
         return None
     return own.index(target)
 

@@ -54,6 +54,11 @@ CANVAS_MISTAKES = [
         "training.complementary_mask: got true, but method ar draws no masks",
     ),
     ("sft", ["training.loss_weight_by_ratio=true"], "training.loss_weight_by_ratio: got true with loss_weighting=reference"),
+    (
+        "rl",
+        ["training.method=random_masking", "training.loss_weight_by_ratio=true"],
+        "training.loss_weight_by_ratio: got true with loss_weighting=reference",
+    ),
     ("rl", ["training.method=ar", "model.model_base=dream"], "training.method: got 'ar', which is a method of sft"),
     ("rl", ["training.max_rows_per_response=0"], "training.max_rows_per_response: got 0, must be above 0"),
 ]
@@ -104,6 +109,22 @@ def test_greedy_tokens_are_refused_where_positions_are_not_drawn_either(load, gr
     ]:
         with pytest.raises(UserError, match=f"^{said}: all responses of a task would be the same"):
             load("rl", text, *drawn, nothing_to_choose)
+
+
+def test_positions_are_not_drawn_by_the_forward_that_opens_a_block(load):
+    """Dream's reveals the block's first position: a forward behind it has to leave some for another."""
+    drawn = ["model.model_base=dream", "rollout.temperature=0", "rollout.target=random"]
+    small = [*drawn, "rollout.max_gen_length=8", "rollout.block_size=4", "evaluation.block_size=4"]
+    for given in [
+        [*drawn, "rollout.block_size=2", "evaluation.block_size=2"],
+        [*drawn, "rollout.block_size=2", "evaluation.block_size=2", f"rollout.remasking_strategy={DYNAMIC}"],
+        [*small, "rollout.steps=4", f"rollout.remasking_strategy={STATIC}"],  # of each block one token, then three
+        [*small, "rollout.steps=2", f"rollout.remasking_strategy={STATIC}"],
+    ]:
+        with pytest.raises(UserError, match="^rollout.temperature: got 0.0: all responses of a task would be the same"):
+            load("rl", CANVAS, *given)
+    load("rl", CANVAS, *small, "rollout.steps=8", f"rollout.remasking_strategy={STATIC}")
+    load("rl", CANVAS, *small, "rollout.steps=4", f"rollout.remasking_strategy={DYNAMIC}")
 
 
 DYNAMIC, STATIC = "low_confidence_dynamic", "low_confidence_static"

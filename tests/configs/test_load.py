@@ -400,6 +400,8 @@ def test_masks_of_methods_that_draw_none(load):
                 load("rl", MINIMAL, f"training.method={method}", f"training.{key}=true")
         with pytest.raises(UserError, match=f"training.{key}: got true, but method trace draws no masks: choose semi-ar"):
             load("sft", MINIMAL, "training.method=trace", f"training.{key}=true")
+        with pytest.raises(UserError, match=f"training.{key}: got true, but method coupled .*: choose random_masking"):
+            load("rl", MINIMAL, "training.method=coupled", f"training.{key}=true")
         assert getattr(load("rl", MINIMAL, "training.method=random_masking", f"training.{key}=true").training, key)
 
 

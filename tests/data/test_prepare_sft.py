@@ -185,6 +185,29 @@ def test_step_maps_are_sampled(tmp_path, tiny_checkpoint):
     assert [r.step_map for r in load_sft(out)] == [[1, 1, 1, 2, 2, 2, 2], [1, 1, 2, 2, 2, 2, 3, 3, 3, 3]]
 
 
+def test_step_maps_of_canvases_have_the_steps_of_each_block(tmp_path):
+    """Whatever the length of the text: what is behind the canvas is cut in training, and ids are filled up to it."""
+    from models.checkpoint import save_pretrained
+    from tests.train.steps import tiny_model
+    from tests.train.test_sft import sft_config
+    from train.sft_data import build_responses
+
+    model = tiny_model(3, "llada", vocab_size=28)
+    save_pretrained(model, model.decoder.state_dict(), tmp_path / "tiny")
+    rows = [{"prompt": "s12=", "response": "1234567890123456"}, {"prompt": "s12=", "response": "12"}]
+    rows.append({"prompt_ids": [1, 2, 3], "response_ids": [4, 5, 26]})
+    source, out = str(write(tmp_path / "in.json", rows)), tmp_path / "out.json"
+    options = ["--plain", "--sample-steps", str(tmp_path / "tiny"), "--model-base", "llada", "--strategy", "low_confidence_static"]
+    main([source, "--out", str(out), *options, "--canvas", "8", "--block-size", "4", "--steps-per-block", "4"])
+    long, short, ids = (record.step_map for record in load_sft(out))
+    assert [sorted(long[:4]), sorted(long[4:8]), long[8:]] == [[1, 2, 3, 4], [5, 6, 7, 8], [9] * 9]
+    assert [sorted(short[:4]), sorted(short[4:])] == [[1, 2, 3, 4], [5, 6, 7, 8]]
+    assert len(set(ids)) == 3 and set(ids) < {1, 2, 3, 4}
+    config = sft_config("model.model_base=llada", "training.max_gen_length=8", "training.method=trace")
+    responses = build_responses(config, model, load_sft(out), "out.json", tell=False)
+    assert [r.step_map.tolist() for r in responses] == [long[:8], short, [*ids, 0, 0, 0, 0, 0]]
+
+
 @pytest.mark.parametrize(
     "options, message",
     [

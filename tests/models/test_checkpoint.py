@@ -20,6 +20,7 @@ from models.names import check_models
 from models.registry import FAMILIES
 from models.tiny import build_tiny
 from models.value import load_value_model
+from tests.train.steps import tiny_model
 
 
 def state(model):
@@ -401,3 +402,14 @@ def test_no_token_to_fill_up_with():
     model.tokenizer.eos_token = None
     with pytest.raises(UserError, match="no token to fill responses up with: .*: add pad_token_id or eos_token_id to config.json"):
         assert model.fill_id
+
+
+def test_a_pad_that_is_never_sampled_fills_nothing():
+    """The fill is trained: as the mask token, or a row beyond the tokenizer, its loss would be infinite."""
+    model = tiny_model(0)
+    assert {model.mask_id, 31} < set(model.forbidden_ids)
+    for forbidden in model.forbidden_ids:
+        model.config = {**model.config, "pad_token_id": forbidden}
+        assert model.fill_id == model.tokenizer.pad_token_id
+    model.tokenizer.pad_token = model.tokenizer.convert_ids_to_tokens(model.mask_id)
+    assert model.fill_id == model.eos_ids[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import torch
@@ -48,6 +49,7 @@ def dream_counts(size: int, steps: int) -> list[int]:
 
 def slow_canvas(decoder: Decoder, family: Family, request: Request, sample: int, s: SamplingSettings) -> tuple[Rollout, int]:
     """The rollout, and how many rows went through the head."""
+    s = dataclasses.replace(s, scores_unscaled=family.name in ("llada", "mmada"))
     prompt = len(request.prompt_ids)
     end = prompt + request.limit(sample, s)
     ids = list(request.prompt_ids) + [s.mask_id] * (end - prompt)

@@ -99,9 +99,9 @@ class Drawn:
 
 def draw(logits: torch.Tensor, position: int, key: tuple[int, int], forward: int, s: SamplingSettings) -> Drawn:
     """One token from raw logits [V] of a position in the sequence's `forward`-th forward."""
-    logits = logits.double() / (s.temperature or 1.0)
-    logits[list(s.forbidden_ids)] = -math.inf
-    p = logits.softmax(-1).tolist()
+    raw = logits.double()
+    raw[list(s.forbidden_ids)] = -math.inf
+    p, unscaled = (raw / (s.temperature or 1.0)).softmax(-1).tolist(), raw.softmax(-1).tolist()
     row = noise.row_keys(torch.tensor([key], dtype=torch.int32), torch.tensor([position]), torch.tensor([forward]))
     q = filtered(p, s.top_k, s.top_p, s.top_p_first)
     allowed = [v for v in range(len(p)) if q[v] > 0]
@@ -111,6 +111,9 @@ def draw(logits: torch.Tensor, position: int, key: tuple[int, int], forward: int
         gumbel = noise.gumbel(row, len(p))[0].tolist()
         token = max(allowed, key=lambda v: math.log(q[v]) + gumbel[v])
     seen = q if s.confidence == "filtered" else p
+    if s.scores_unscaled:
+        left = [u if q[v] > 0 or s.confidence == "raw" else 0.0 for v, u in enumerate(unscaled)]
+        seen = [u / sum(left) for u in left]
     ranked = sorted(seen, reverse=True)
     score = {
         "confidence": seen[token],

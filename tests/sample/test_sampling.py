@@ -58,6 +58,23 @@ def test_filtered_confidence_is_renormalised() -> None:
     assert draws.logprobs.item() == pytest.approx(math.log(0.4), abs=1e-6)
 
 
+def test_scores_may_be_of_temperature_1() -> None:
+    """LLaDA's sampler: at temperature 0.1 a token of 40 % is nearly certain to be drawn, and scores 0.4."""
+    s = settings(temperature=0.1, greedy=True, scores_unscaled=True)
+    scaled = [p**10 / sum(q**10 for q in [0.1, 0.4, 0.2, 0.3]) for p in [0.1, 0.4, 0.2, 0.3]]
+    entropies = [-sum(p * math.log(p) for p in shares) for shares in ([0.1, 0.4, 0.2, 0.3], scaled)]
+    draws = draw(P.log() / 0.1, KEYS, s)
+    assert draws.score.item() == pytest.approx(0.4, abs=1e-5)
+    assert draws.score_entropy.item() == pytest.approx(entropies[0], abs=1e-5)
+    assert draws.logprobs.item() == pytest.approx(math.log(scaled[1]), abs=1e-5)
+    assert draws.entropy.item() == pytest.approx(entropies[1], abs=1e-5)
+    margin = settings(temperature=0.1, greedy=True, scores_unscaled=True, target="margin_confidence")
+    assert draw(P.log() / 0.1, KEYS, margin).score.item() == pytest.approx(0.1, abs=1e-5)
+    filtered = settings(temperature=0.1, greedy=True, scores_unscaled=True, top_k=2, confidence="filtered")
+    assert draw(P.log() / 0.1, KEYS, filtered).score.item() == pytest.approx(4 / 7, abs=1e-5)
+    assert draw(P.log() / 0.1, KEYS, settings(temperature=0.1, greedy=True)).score.item() == pytest.approx(scaled[1], abs=1e-5)
+
+
 def test_sampling_with_top_k_1_is_certain() -> None:
     draws = draw(torch.randn(50, 30), torch.randint(0, 2**31, (50, 2), dtype=torch.int32), settings(top_k=1, confidence="filtered"))
     assert draws.score.tolist() == [1.0] * 50

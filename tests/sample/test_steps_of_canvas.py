@@ -71,6 +71,8 @@ ORDERS = [
     (STATIC, {"target": "neg_entropy", "steps": 7}),
     (STATIC, {"target": "random"}),
     (DYNAMIC, {"temperature": 0.0, "threshold": 0.3}),
+    (STATIC, {"target": "neg_entropy", "temperature": 0.3, "steps": 7}),
+    ("entropy_bounded", {"entropy_bound": 2.0, "temperature": 0.3}),
     (DYNAMIC, {"target": "margin_confidence", "temperature": 0.0, "threshold": 0.2}),
     ("entropy_bounded", {"entropy_bound": 2.0}),
 ]
@@ -101,3 +103,6 @@ def test_a_text_without_a_prompt():
     model = tiny_model(3, "dream")
     with pytest.raises(UserError, match="text x has an empty prompt"):
         steps_of_canvases(model.decoder, model.family, [Text("x", [], [1, 2, 3, 4])], settings(model))
+    model, text = tiny_model(3, "llada"), Text("x", [], [1, 2, 3, 4])
+    found = steps_of_canvases(model.decoder, model.family, [text], settings(model, block_size=4))
+    assert found == [brute_force(model, text, 4, 4, None)]

@@ -171,6 +171,38 @@ def test_the_weighted_loss_is_the_likelihood_bound():
     assert drawn == pytest.approx(bound * n / (n + 1), rel=0.02)
 
 
+RATIO = ["training.lower_p=0", "training.upper_p=1", "training.loss_weight_by_ratio=true"]
+WEIGHTS_OF_THE_BOUND = [
+    ("llada", "random_masking", "constant", False),
+    ("llada", "random_masking", "response", True),
+    ("llada", "semi-ar", "constant", False),
+    ("sdar", "semi-ar", "reference", False),
+    ("sdar", "semi-ar", "constant", True),
+    ("sdar", "semi-ar", "response", True),
+]
+
+
+@pytest.mark.parametrize("family, method, loss_weighting, is_complementary", WEIGHTS_OF_THE_BOUND)
+def test_the_weights_of_an_update_are_those_of_the_likelihood_bound(family, method, loss_weighting, is_complementary):
+    """Every number of masked tokens of a block, 1 to n, gets the same share of the update's weight, 1/n: all are equally likely,
+    and a block weighs n whatever is masked. Updates of one response with one mask, where any division by m shows."""
+    n, num_updates = 8, 6000
+    changes = [f"training.method={method}", f"training.loss_weighting={loss_weighting}", "training.max_gen_length=8"]
+    changes += [f"model.model_base={family}", "training.block_size=8", f"training.complementary_mask={is_complementary}"]
+    layout = layout_of(*changes, *RATIO, attention="full" if family == "llada" else "block")
+    response, generator = Response(np.arange(n), np.arange(n), n), np.random.default_rng(3)
+    shares = np.zeros(n + 1)
+    for _ in range(num_updates):
+        document = layout.document(0, response, generator)
+        if document is None:
+            continue
+        predictions = number([document])
+        weights_of = token_weights(predictions, loss_weighting, n, n, layout.attention)
+        num_masked = document.trace.hidden.sum(axis=1)[predictions.slice]
+        shares += np.bincount(num_masked, weights_of, minlength=n + 1)
+    assert shares[1:] / shares.sum() == pytest.approx([1 / n] * n, rel=0.15)
+
+
 # ---- updates
 
 
@@ -294,9 +326,21 @@ def test_a_fingerprint_is_of_tokens_and_steps():
     assert fingerprint(one) == fingerprint([as_response([1, 2, 3], [4, 5], [1, 2], 9, layout)])
 
 
+def test_a_fingerprint_is_of_what_is_trained():
+    record = SFTRecord("x", "", "", [1, 2, 2, 1, 3], None, False, [1, 2, 3], [4, 5, 6, 7, 8], 2)
+    rollouts = [as_training(replace(record, num_response=n), [1, 2, 3], [4, 5, 6, 7, 8], 9, layout_of()) for n in (2, 4)]
+    text = as_response([1, 2, 3], [4, 5, 6, 7, 8], [1, 2, 2, 1, 3], 9, layout_of())
+    other = replace(text, is_pad=np.arange(5) > 3)
+    assert len({fingerprint([response]) for response in (*rollouts, text, other)}) == 4
+
+
 def test_a_ratio_that_counts_twice_is_refused():
-    with pytest.raises(UserError, match="training.loss_weight_by_ratio: got true with loss_weighting=reference"):
-        sft_config("model.model_base=llada", "training.loss_weight_by_ratio=true", "training.loss_weighting=reference")
+    for family, weighting in [("llada", "reference"), *((f, w) for f in ("llada", "sdar") for w in ("step", "response"))]:
+        with pytest.raises(UserError, match=f"loss_weight_by_ratio: got true with loss_weighting={weighting}, .* constant"):
+            sft_config(f"model.model_base={family}", f"training.loss_weighting={weighting}", *RATIO)
+    for weighting in ("step", "reference"):  # the complement is a row of its own
+        with pytest.raises(UserError, match="weighs by 1/ratio already"):
+            sft_config("model.model_base=llada", f"training.loss_weighting={weighting}", "training.complementary_mask=true", *RATIO)
 
 
 def test_both_kinds_of_validation_data_contradict_each_other(tmp_path: Path):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -42,10 +44,25 @@ def test_a_canvas_is_filled_up_to_the_longest_response():
 
 def test_a_sampled_canvas_is_kept_as_far_as_it_is_trained():
     record = SFTRecord("x", "", "", [1, 2, 2, 0, 3], None, False, [1, 2, 3], [4, 5, 6, 7, 8], 2)
-    whole = as_training(record, record.prompt_ids, record.response_ids, 9, layout_of("training.max_gen_length=9", attention="full"))
+    whole = as_training(record, record.prompt_ids, record.response_ids, 9, layout_of("training.max_gen_length=5", attention="full"))
     assert whole.response_ids.tolist() == [4, 5, 6, 7, 8] and whole.num_trained == 2 and whole.step_map.tolist() == [1, 2, 2, 0, 3]
     cut = as_training(record, record.prompt_ids, record.response_ids, 9, layout_of("training.max_gen_length=4", attention="full"))
     assert cut.response_ids.tolist() == [4, 5, 6, 7] and cut.step_map.tolist() == [1, 2, 2, 0]
+
+
+@pytest.mark.parametrize("method", ["random_masking", "semi-ar", "trace"])
+def test_ids_are_filled_up_to_the_canvas_with_masks(method):
+    """On a canvas that ends with the given ids the model would see where its answer has to end. The fill is not trained."""
+    layout = layout_of("training.max_gen_length=9", "training.block_size=4", f"training.method={method}", attention="full")
+    record = SFTRecord("x", "", "", [1, 3, 2], None, False, [1, 2], [4, 5, 6], 3)
+    r = as_training(record, record.prompt_ids, record.response_ids, 9, layout)
+    assert r.response_ids.tolist() == [4, 5, 6] + [9] * 6 and r.step_map.tolist() == [1, 3, 2] + [0] * 6 and r.num_trained == 3
+    documents = [layout.document(0, r, np.random.default_rng(seed)) for seed in range(20)]
+    traces = [document.trace for document in documents if document is not None]
+    assert traces and all(t.hidden[:, 5:].all() and t.hidden.shape[1] == 11 for t in traces)
+    assert all(not t.predicted[:, 5:].any() for t in traces)
+    without = as_training(replace(record, step_map=None), record.prompt_ids, record.response_ids, 9, layout)
+    assert without.step_map is None and len(without.response_ids) == 9
 
 
 def test_next_token_needs_no_fill():

@@ -155,7 +155,16 @@ def test_extreme_logits(device: torch.device) -> None:
     assert_close(in_kernel(device, logits, keys, s, forbidden), draw_rows_reference(logits.clone(), keys, s, forbidden))
 
 
-@pytest.mark.parametrize("changes", [dict(top_k=3), dict(top_p=0.7), dict(top_k=5, confidence="filtered"), dict(target="first id")])
+ONLY_TORCH = [
+    dict(top_k=3),
+    dict(top_p=0.7),
+    dict(top_k=5, confidence="filtered"),
+    dict(target="first id"),
+    dict(scores_unscaled=True),
+]
+
+
+@pytest.mark.parametrize("changes", ONLY_TORCH)
 def test_all_else_is_torch(changes: dict, any_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TARGETS, "_entries", dict(TARGETS._entries) | {"first id": lambda d: d.logprobs[:, 0]})
     s = settings(temperature=0.8, **changes)
